@@ -1,0 +1,50 @@
+# The commands of the README. Each works from a clean clone and makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+SOURCES := setup.py pyproject.toml $(shell find pace/_kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*_kernel.c' -o -name parallel.c)
+
+.PHONY: demo test check bench sanitize test-slow build clean
+
+demo: $(VENV)/.built  ## fetch SmolLM2 and let it speak
+	$(BIN)/pace pull smollm2
+	$(BIN)/pace generate smollm2 "Why is the sky blue? Answer in three sentences." --chat --max-tokens 128
+
+test: $(VENV)/.test  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## format, lint, types, then the suite
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	find pace/_kernels -name '*.h' -o -name '*_kernel.c' -o -name parallel.c | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test  ## every kernel against its twin, then both timed beside the machine and torch
+	$(BIN)/python -m pytest --benchmark
+
+test-slow: $(VENV)/.test  ## big shapes and long runs
+	$(BIN)/python -m pytest -m slow
+
+build: $(VENV)/.built
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.venv $(SOURCES)
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.built
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+	find pace -name '*.so' -delete

@@ -1,0 +1,1 @@
+"""CPU inference of language models, made for AMD EPYC."""

@@ -1,0 +1,147 @@
+"""The native side's runtime: CPUID, the rung in use, threads, and the array checks shared by every binding."""
+
+import ml_dtypes
+import numpy as np
+
+cimport numpy as cnp
+
+cnp.import_array()
+
+cdef extern from "parallel.h" nogil:
+    enum: PACE_NUM_RUNGS
+    ctypedef void (*pace_hook)(pace_worker worker, const void *args, size_t begin, size_t end, void *scratch) noexcept
+    int pace_num_threads()
+    void pace_set_num_threads(int num_threads)
+    void pace_set_hook(pace_hook hook)
+    int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes)
+
+cdef extern from *:
+    """
+    #include <cpuid.h>
+    static int pace_cpuid(unsigned leaf, unsigned subleaf, unsigned out[4]) {
+        return __get_cpuid_count(leaf, subleaf, &out[0], &out[1], &out[2], &out[3]);
+    }
+    static unsigned long long pace_xcr0(void) {
+        unsigned low, high;
+        __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        return ((unsigned long long)high << 32) | low;
+    }
+    """
+    int pace_cpuid(unsigned leaf, unsigned subleaf, unsigned *out) nogil
+    unsigned long long pace_xcr0() nogil
+
+RUNGS = ("avx2", "avx512")  # in the order of enum pace_rung
+cdef int _rung = 0
+cdef object _hook = None
+cdef int _bf16_num = np.dtype(ml_dtypes.bfloat16).num
+cdef object _bf16_dtype = np.dtype(ml_dtypes.bfloat16)
+cdef object _f32_dtype = np.dtype(np.float32)
+
+
+def cpuid(unsigned leaf, unsigned subleaf=0):
+    """(eax, ebx, ecx, edx) of a CPUID leaf, or None where the CPU does not have it."""
+    cdef unsigned out[4]
+    return (out[0], out[1], out[2], out[3]) if pace_cpuid(leaf, subleaf, out) else None
+
+
+def xcr0():
+    """The register state that the operating system saves (XCR0); 0 without OSXSAVE."""
+    cdef unsigned out[4]
+    return pace_xcr0() if pace_cpuid(1, 0, out) and out[2] & (1 << 27) else 0
+
+
+def set_rung(str name):
+    """Make every binding run the objects of this rung. Whether the CPU can is the caller's to know (pace.isa)."""
+    global _rung
+    _rung = RUNGS.index(name)
+
+
+def get_rung():
+    return RUNGS[_rung]
+
+
+def get_num_threads():
+    return pace_num_threads()
+
+
+def set_num_threads(int num_threads):
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+    pace_set_num_threads(num_threads)
+
+
+cdef void _call_hook(pace_worker worker, const void *args, size_t begin, size_t end, void *scratch) noexcept with gil:
+    _hook(<size_t>worker, <size_t>args, begin, end, <size_t>scratch)
+
+
+def set_hook(hook):
+    """Have `hook(worker, args, begin, end, scratch)`, all addresses and sizes, called in place of every worker.
+
+    For tests that execute a worker's machine code elsewhere (an emulated CPU). None takes it away.
+    """
+    global _hook
+    _hook = hook
+    if hook is None:
+        pace_set_hook(NULL)
+    else:
+        pace_set_hook(_call_hook)
+
+
+cdef int run(const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes) except -1:
+    """The one line where the rung is chosen."""
+    cdef int failed
+    with nogil:
+        failed = pace_run(workers[_rung], args, items, grain, scratch_bytes)
+    if failed:
+        raise MemoryError(f"no memory for {scratch_bytes} bytes of kernel scratch a thread")
+    return 0
+
+
+cdef int kind_of(cnp.ndarray array, str name) except -1:
+    """F32 or BF16; TypeError for any other dtype."""
+    cdef int num = cnp.PyArray_TYPE(array)
+    if num == cnp.NPY_FLOAT32:
+        return F32
+    if num == _bf16_num:
+        return BF16
+    raise TypeError(f"{name} has dtype {array.dtype}; it must be float32 or bfloat16")
+
+
+cdef int check_rows(cnp.ndarray array, str name, Py_ssize_t columns) except -1:
+    """(rows, columns), any row stride, contiguous within a row; columns < 0 takes any."""
+    if cnp.PyArray_NDIM(array) != 2 or (columns >= 0 and cnp.PyArray_DIM(array, 1) != columns):
+        wanted = "columns" if columns < 0 else columns
+        raise ValueError(f"{name} has shape {np.shape(array)}; it must be (rows, {wanted})")
+    if cnp.PyArray_DIM(array, 1) > 1 and cnp.PyArray_SIZE(array) and cnp.PyArray_STRIDE(array, 1) != cnp.PyArray_ITEMSIZE(array):
+        raise ValueError(f"{name} has strides {(<object>array).strides}; its rows must be contiguous")
+    return 0
+
+
+cdef int check_vector(cnp.ndarray array, str name, Py_ssize_t length, int typenum) except -1:
+    """A contiguous vector of `length` elements of NumPy type `typenum`."""
+    if cnp.PyArray_TYPE(array) != typenum:
+        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(cnp.PyArray_DescrFromType(typenum))}")
+    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != length:
+        raise ValueError(f"{name} has shape {np.shape(array)}; it must be ({length},)")
+    if length > 1 and cnp.PyArray_STRIDE(array, 0) != cnp.PyArray_ITEMSIZE(array):
+        raise ValueError(f"{name} has strides {(<object>array).strides}; it must be contiguous")
+    return 0
+
+
+cdef cnp.ndarray empty_rows(Py_ssize_t rows, Py_ssize_t columns, int kind):
+    return np.empty((rows, columns), _bf16_dtype if kind == BF16 else _f32_dtype)
+
+
+cdef cnp.ndarray output_rows(object out, Py_ssize_t rows, Py_ssize_t columns, int kind):
+    """`out` checked, or a new array where it is None."""
+    if out is None:
+        return empty_rows(rows, columns, kind)
+    cdef cnp.ndarray array = out
+    if kind_of(array, "out") != kind:
+        raise TypeError(f"out has dtype {array.dtype}; it must be {_bf16_dtype if kind == BF16 else _f32_dtype}")
+    check_rows(array, "out", columns)
+    if cnp.PyArray_DIM(array, 0) != rows:
+        raise ValueError(f"out has shape {np.shape(array)}; it must be ({rows}, {columns})")
+    if not array.flags.writeable:
+        raise ValueError("out is read-only")
+    return array

@@ -1,0 +1,32 @@
+"""The index of operations: the only place that knows both forms of each.
+
+`pace.kernels.NAME` is the fastest form that this host runs: the native binding on the rung `pace.isa.RUNG`, or the
+NumPy reference. `native(NAME)` and `reference(NAME)` are the two forms by name.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from . import isa
+
+Operation = Callable[..., Any]
+
+OPERATIONS = (
+    "rms_norm",
+)  # fmt: skip
+
+
+def reference(name: str) -> Operation:
+    """The NumPy form: the specification."""
+    return getattr(import_module(f"pace.reference.{name}"), name)  # type: ignore[no-any-return]
+
+
+def native(name: str) -> Operation:
+    """The native form. ImportError in a build without native kernels."""
+    return getattr(import_module(f"pace._kernels.{name}.{name}"), name)  # type: ignore[no-any-return]
+
+
+_form = reference if isa.RUNG == "reference" else native
+
+rms_norm = _form("rms_norm")

@@ -1,0 +1,116 @@
+"""Builds the native kernels: every room's Cython binding, and its C compiled once for each rung.
+
+A room is a folder of `pace/_kernels` with `NAME.pyx` and `NAME_kernel.c`. The C is compiled once per entry of
+`RUNGS`; the objects are linked into the room's one extension, and the binding chooses among them at run time.
+`PACE_NO_NATIVE=1`, a machine that is not x86-64, or the absence of any C compiler leave the package pure Python
+(the NumPy reference is all there is). A compiler that is there and fails stops the build.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+KERNELS = Path("pace/_kernels")
+
+AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt".split()
+AVX512 = (
+    "-mavx512f -mavx512cd -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mprefer-vector-width=512"
+).split()
+RUNGS = {"avx2": AVX2, "avx512": AVX2 + AVX512}
+
+# One arithmetic everywhere: a product and a sum are fused where the source says so and nowhere else, or the same
+# inline function could round differently in two places that inline it.
+KERNEL_FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+if os.environ.get("PACE_WERROR") == "1":
+    KERNEL_FLAGS.append("-Werror")
+if os.environ.get("PACE_SANITIZE") == "1":
+    KERNEL_FLAGS += ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+
+BINDING_FLAGS = ["-O2", "-fvisibility=hidden", "-fopenmp", "-Wno-unused-function"]
+LINK_FLAGS = ["-fopenmp"] + (["-fsanitize=address,undefined"] if os.environ.get("PACE_SANITIZE") == "1" else [])
+
+
+DIRECTIVES = {"language_level": 3, "boundscheck": False, "wraparound": False, "embedsignature": True}
+
+
+def native_wanted() -> bool:
+    """Whether to build the kernels here; says on stderr why not."""
+    if os.environ.get("PACE_NO_NATIVE") == "1":
+        reason = "PACE_NO_NATIVE=1"
+    elif platform.machine().lower() not in ("x86_64", "amd64"):
+        reason = f"this machine is {platform.machine()}, the kernels are for x86-64"
+    elif not shutil.which(shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]):
+        reason = "no C compiler found (install gcc for the fast kernels)"
+    else:
+        return True
+    print(f"pace: building without native kernels: {reason}", file=sys.stderr)
+    return False
+
+
+def extensions() -> list[Extension]:
+    import numpy
+
+    headers = sorted(str(path) for path in KERNELS.rglob("*.h"))
+    shared = sorted(str(path) for path in KERNELS.glob("*.pxd"))
+    found = []
+    for pyx in sorted([*KERNELS.glob("*.pyx"), *KERNELS.glob("*/*.pyx")]):
+        plain_c = [str(pyx.with_name("parallel.c"))] if pyx.name == "runtime.pyx" else []
+        found.append(
+            Extension(
+                ".".join(pyx.with_suffix("").parts),
+                [str(pyx), *plain_c],
+                include_dirs=[str(KERNELS), numpy.get_include()],
+                depends=headers + shared,
+                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+                extra_compile_args=BINDING_FLAGS,
+                extra_link_args=LINK_FLAGS,
+            )
+        )
+    return found
+
+
+class BuildRooms(build_ext):
+    """Adds to each room's extension the objects of its kernel, one per rung."""
+
+    def build_extensions(self):
+        self.parallel = self.parallel or os.cpu_count()
+        super().build_extensions()
+
+    def build_extension(self, ext):
+        from Cython.Build import cythonize
+
+        ext.sources = cythonize(ext, compiler_directives=DIRECTIVES, build_dir="build/cython", quiet=True)[0].sources
+        room = KERNELS.joinpath(*ext.name.split(".")[2:-1])
+        kernel = room / f"{room.name}_kernel.c"
+        if kernel.exists():
+            ext.extra_objects = [self.compile_rung(kernel, rung) for rung in RUNGS] + list(ext.extra_objects)
+        super().build_extension(ext)
+
+    def compile_rung(self, kernel: Path, rung: str) -> str:
+        """Compile one kernel for one rung into build/rungs/RUNG/, unless it is there and newer than its sources."""
+        flavour = "sanitize" if os.environ.get("PACE_SANITIZE") == "1" else "rungs"
+        target = Path("build", flavour, rung, kernel.with_suffix(".o").name)
+        sources = [kernel, Path(__file__), *KERNELS.rglob("*.h")]
+        newest = max(path.stat().st_mtime for path in sources)
+        if target.exists() and target.stat().st_mtime > newest and not self.force:
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        defines = [f"-DRUNG={rung}", f"-DRUNG_{rung.upper()}=1"]
+        flags = [*KERNEL_FLAGS, *RUNGS[rung], *defines, f"-I{KERNELS}"]
+        command = [*self.compiler.compiler_so, *flags, "-c", str(kernel), "-o", str(target)]
+        self.spawn(command)
+        return str(target)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    native = native_wanted()
+    setup(ext_modules=extensions() if native else [], cmdclass={"build_ext": BuildRooms} if native else {})
