@@ -13,8 +13,12 @@ from . import isa
 Operation = Callable[..., Any]
 
 OPERATIONS = (
+    "embed",
+    "gated_mlp",
+    "linear",
+    "pack_linear",
     "rms_norm",
-)  # fmt: skip
+)
 
 
 def reference(name: str) -> Operation:
@@ -29,4 +33,8 @@ def native(name: str) -> Operation:
 
 _form = reference if isa.RUNG == "reference" else native
 
+embed = _form("embed")
+gated_mlp = _form("gated_mlp")
+linear = _form("linear")
+pack_linear = _form("pack_linear")
 rms_norm = _form("rms_norm")

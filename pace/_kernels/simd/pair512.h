@@ -57,6 +57,14 @@ EACH_EPI(pair_sub_epi32, _mm256_sub_epi32(x, y))
 EACH_EPI(pair_and_epi32, _mm256_and_si256(x, y))
 EACH_EPI(pair_or_epi32, _mm256_or_si256(x, y))
 EACH_EPI(pair_xor_epi32, _mm256_xor_si256(x, y))
+EACH_EPI(pair_unpacklo_epi32, _mm256_unpacklo_epi32(x, y))
+EACH_EPI(pair_unpackhi_epi32, _mm256_unpackhi_epi32(x, y))
+EACH_EPI(pair_unpacklo_epi64, _mm256_unpacklo_epi64(x, y))
+EACH_EPI(pair_unpackhi_epi64, _mm256_unpackhi_epi64(x, y))
+#define _mm512_unpacklo_epi32 pair_unpacklo_epi32
+#define _mm512_unpackhi_epi32 pair_unpackhi_epi32
+#define _mm512_unpacklo_epi64 pair_unpacklo_epi64
+#define _mm512_unpackhi_epi64 pair_unpackhi_epi64
 #define _mm512_add_ps    pair_add_ps
 #define _mm512_sub_ps    pair_sub_ps
 #define _mm512_mul_ps    pair_mul_ps
@@ -206,6 +214,22 @@ INLINE pair_epi pair_cvtepu16_epi32(__m256i a) {
                        _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
 }
 #define _mm512_cvtepu16_epi32 pair_cvtepu16_epi32
+INLINE pair_epi pair_maskz_loadu_epi32(__mmask16 m, const void *p) {
+    return (pair_epi){{_mm256_maskload_epi32((const int *)p, lanes_of_mask(m)),
+                       _mm256_maskload_epi32((const int *)p + 8, lanes_of_mask(m >> 8))}};
+}
+#define _mm512_maskz_loadu_epi32 pair_maskz_loadu_epi32
+
+INLINE pair_epi pair_castsi256_si512(__m256i a) { return (pair_epi){{a, a}}; }
+#define _mm512_castsi256_si512(a)      pair_castsi256_si512(a)
+#define _mm512_inserti64x4(a, b, half_) ((pair_epi){{(half_) ? (a).half[0] : (b), (half_) ? (b) : (a).half[1]}})
+
+// The four quarters a[m0] a[m1] b[m2] b[m3] of 128 bits.
+#define QUARTER(x, i)                                                                                        \
+    ((i)&1 ? _mm256_extracti128_si256((x).half[(i) >> 1], 1) : _mm256_castsi256_si128((x).half[(i) >> 1]))
+#define _mm512_shuffle_i32x4(a, b, m)                                                                        \
+    ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m)&3)),                              \
+                 _mm256_set_m128i(QUARTER(b, (m) >> 6 & 3), QUARTER(b, (m) >> 4 & 3))}})
 
 // float32 to bfloat16: round to nearest even; a NaN stays one (its quiet bit is set).
 INLINE __m256i bf16_in_low_half(__m256 a) {

@@ -1,0 +1,50 @@
+#include "linear/product.h"
+
+void RUNG_NAME(linear_arrange)(const void *args, size_t begin, size_t end, void *scratch) {
+    const struct linear_args *a = args;
+    const size_t a_words = a_words_of(a->kind, a->in_features);
+    (void)scratch;
+    for (size_t row = begin; row < end; row++) {
+        const void *x = (const char *)a->x + row * a->x_stride;
+        const size_t first = row / TILE_ROWS * TILE_ROWS;
+        const size_t rows = a->rows - first < TILE_ROWS ? a->rows - first : TILE_ROWS;
+        word *to = a->a + first * a_words + (row - first);
+        if (a->kind == BF16)
+            put_a(BF16, to, rows, x, a->in_features);
+        else
+            put_a(F32, to, rows, x, a->in_features);
+    }
+}
+
+// bias, activation, multiply, residual, and the one rounding
+INLINE void finish_columns(enum kind kind, const struct linear_args *a, size_t row, size_t column,
+                           __mmask16 mask, __m512 sum) {
+    if (a->bias) sum = _mm512_add_ps(sum, load(F32, a->bias, column, mask));
+    sum = activate(a->activation, sum);
+    if (a->multiply) {
+        const void *factors = (const char *)a->multiply + row * a->multiply_stride;
+        sum = _mm512_mul_ps(sum, load(kind, factors, column, mask));
+    }
+    if (a->residual) {
+        const void *terms = (const char *)a->residual + row * a->residual_stride;
+        sum = _mm512_add_ps(sum, load(kind, terms, column, mask));
+    }
+    store(kind, (char *)a->out + row * a->out_stride, column, mask, sum);
+}
+
+static void finish_linear(const struct linear_args *a, size_t row, size_t pair, const float *sums) {
+    for (size_t i = 0; i < PAIR_COLUMNS; i += 16) {
+        const size_t column = pair * PAIR_COLUMNS + i;
+        if (column >= a->out_features) break;
+        const __mmask16 mask = first16(a->out_features - column);
+        if (a->out_kind == BF16)
+            finish_columns(BF16, a, row, column, mask, _mm512_loadu_ps(sums + i));
+        else
+            finish_columns(F32, a, row, column, mask, _mm512_loadu_ps(sums + i));
+    }
+}
+
+void RUNG_NAME(linear)(const void *args, size_t begin, size_t end, void *scratch) {
+    (void)scratch;
+    product(args, begin, end, finish_linear);
+}

@@ -1,0 +1,83 @@
+// The product of rows and packed panels that linear and gated_mlp share; they differ in what becomes of its sums.
+#pragma once
+#include "linear/linear.h"
+#include "simd/math.h"
+#include "simd/tile.h"
+
+enum { PAIR_COLUMNS = 32 };
+
+// x / (1 + e^-x)
+INLINE __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid_ps(x)); }
+
+// x/2 · (1 + erf(x/√2)), Hendrycks and Gimpel (2016)
+INLINE __m512 gelu_erf(__m512 x) {
+    const __m512 erf = erf_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(.5f));
+    return _mm512_fmadd_ps(half, erf, half);
+}
+
+// its approximation x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))
+INLINE __m512 gelu_tanh(__m512 x) {
+    const __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(0.044715f)));
+    const __m512 tanh = tanh_ps(_mm512_mul_ps(_mm512_add_ps(x, cubic), _mm512_set1_ps(0.79788456f)));
+    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(.5f));
+    return _mm512_fmadd_ps(half, tanh, half);
+}
+
+INLINE __m512 activate(enum activation activation, __m512 x) {
+    switch (activation) {
+    case RELU:
+        return _mm512_max_ps(x, _mm512_setzero_ps());
+    case GELU_ERF:
+        return gelu_erf(x);
+    case GELU_TANH:
+        return gelu_tanh(x);
+    case SILU:
+        return silu(x);
+    default:
+        return x;
+    }
+}
+
+// sums (rows, 32) of one tile of rows and the panels 2·pair and 2·pair + 1.
+INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_row, size_t rows, size_t pair,
+                     float *sums) {
+    const size_t words = words_of(kind, a->in_features), a_words = a_words_of(kind, a->in_features);
+    const size_t panels = a->num_panels - 2 * pair < 2 ? 1 : 2;
+    struct tile t = {
+        .a = a->a + first_row * a_words,
+        .a_step = rows,
+        .a_row = 1,
+        .b = a->panels + 2 * pair * words * 16,
+        .b_step = 16,
+        .b_panel = words * 16,
+        .num_words = words,
+    };
+    for (size_t i = 0; i < rows * PAIR_COLUMNS; i += 16) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
+    if (TILE_PANELS == 2 && panels == 2) {
+        add_tile(kind, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
+        return;
+    }
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel)
+        add_tile(kind, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
+}
+
+typedef void finish_row(const struct linear_args *a, size_t row, size_t pair, const float *sums);
+
+INLINE void product(const struct linear_args *a, size_t begin, size_t end, finish_row *finish) {
+    const size_t blocks = (a->rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
+    float sums[TILE_ROWS * PAIR_COLUMNS] __attribute__((aligned(64)));
+    for (size_t item = begin; item < end; item++) {
+        const size_t pair = item / blocks, block_begin = item % blocks * ROWS_PER_BLOCK;
+        const size_t left = a->rows - block_begin;
+        const size_t block_end = block_begin + (left < ROWS_PER_BLOCK ? left : ROWS_PER_BLOCK);
+        for (size_t row = block_begin; row < block_end; row += TILE_ROWS) {
+            const size_t rows = block_end - row < TILE_ROWS ? block_end - row : TILE_ROWS;
+            if (a->kind == BF16)
+                sum_pair(BF16, a, row, rows, pair, sums);
+            else
+                sum_pair(F32, a, row, rows, pair, sums);
+            for (size_t r = 0; r < rows; r++) finish(a, row + r, pair, sums + r * PAIR_COLUMNS);
+        }
+    }
+}

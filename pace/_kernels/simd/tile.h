@@ -1,0 +1,146 @@
+// The one matrix tile: every product of the library, a row at decode or hundreds at prefill, a linear layer's or
+// attention's, is sums of these, so every path adds in the same order.
+//
+//     acc[r][p] += sum over k, ascending, of a[k][r] · b[k][p]
+//
+// r is one of at most TILE_ROWS rows, p one of at most TILE_PANELS panels of 16 columns, b comes in words of 32 bits, 16 to
+// a register: a float32, or a pair of bfloat16 that lie next to each other along k ("words" below). How a stands in
+// memory depends on the rung, since AVX2 has no bfloat16 product: `a_words_of_pair` float32 for each pair there.
+#pragma once
+#include "elements.h"
+
+// The largest tile whose sums stay in registers: 24 zmm of 32, or 12 ymm of 16.
+#if RUNG_AVX512
+enum { TILE_ROWS = 12, TILE_PANELS = 2, A_WORDS_OF_PAIR = 1 };
+#else
+enum { TILE_ROWS = 6, TILE_PANELS = 1, A_WORDS_OF_PAIR = 2 };
+#endif
+
+typedef uint32_t __attribute__((may_alias)) word; // the bits of a float32 or of two bfloat16
+typedef uint16_t __attribute__((may_alias)) bf16_bits;
+
+// Words of b along k, and of a, for n elements.
+INLINE size_t words_of(enum kind kind, size_t n) { return kind == BF16 ? (n + 1) / 2 : n; }
+INLINE size_t a_words_of(enum kind kind, size_t n) {
+    return kind == BF16 ? (n + 1) / 2 * A_WORDS_OF_PAIR : n;
+}
+
+// Writes n elements of x as words of a, `step` words apart; an odd last bfloat16 is paired with zero.
+INLINE void put_a(enum kind kind, word *a, size_t step, const void *x, size_t n) {
+    if (kind == F32) {
+        const word *from = x;
+        for (size_t i = 0; i < n; i++) a[i * step] = from[i];
+        return;
+    }
+    const bf16_bits *from = x;
+#if RUNG_AVX512
+    for (size_t i = 0; i < n / 2; i++) a[i * step] = from[2 * i] | (word)from[2 * i + 1] << 16;
+    if (n % 2) a[n / 2 * step] = from[n - 1];
+#else
+    for (size_t i = 0; i < n; i++) a[i * step] = (word)from[i] << 16;
+    if (n % 2) a[n * step] = 0;
+#endif
+}
+
+struct tile {
+    const word *a;
+    size_t a_step, a_row; // words from one k to the next, from one row to the next
+    const word *b;
+    size_t b_step, b_panel; // words from one k to the next, from one panel to the next
+    size_t num_words;       // words of b along k
+};
+
+INLINE __m512 broadcast(const word *a) { return _mm512_castsi512_ps(_mm512_set1_epi32((int)*a)); }
+
+// acc is (ROWS, PANELS); both are constants where this is called.
+INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, const struct tile *t, __m512 *acc) {
+    const word *a = t->a, *b = t->b;
+    for (size_t k = 0; k < t->num_words; k++, b += t->b_step) {
+        __m512i columns[PANELS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) columns[p] = _mm512_loadu_si512(b + p * t->b_panel);
+#if RUNG_AVX512
+        if (kind == BF16) {
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++) {
+                const __m512bh pair = as_bf16x32(_mm512_set1_epi32((int)a[r * t->a_row]));
+#pragma GCC unroll 4
+                for (int p = 0; p < PANELS; p++)
+                    acc[r * PANELS + p] = _mm512_dpbf16_ps(acc[r * PANELS + p], as_bf16x32(columns[p]), pair);
+            }
+            a += t->a_step;
+            continue;
+        }
+#else
+        if (kind == BF16) { // even elements of the pairs, then odd
+            const __m512i odd_mask = _mm512_set1_epi32((int)0xffff0000);
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; odd++) {
+                __m512 column[PANELS];
+#pragma GCC unroll 4
+                for (int p = 0; p < PANELS; p++)
+                    column[p] = _mm512_castsi512_ps(odd ? _mm512_and_epi32(columns[p], odd_mask)
+                                                        : _mm512_slli_epi32(columns[p], 16));
+#pragma GCC unroll 12
+                for (int r = 0; r < ROWS; r++) {
+                    const __m512 x = broadcast(a + r * t->a_row);
+#pragma GCC unroll 4
+                    for (int p = 0; p < PANELS; p++)
+                        acc[r * PANELS + p] = _mm512_fmadd_ps(x, column[p], acc[r * PANELS + p]);
+                }
+                a += t->a_step;
+            }
+            continue;
+        }
+#endif
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) {
+            const __m512 x = broadcast(a + r * t->a_row);
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; p++)
+                acc[r * PANELS + p] =
+                    _mm512_fmadd_ps(x, _mm512_castsi512_ps(columns[p]), acc[r * PANELS + p]);
+        }
+        a += t->a_step;
+    }
+}
+
+// sums (rows, 16 · panels) float32, `stride` elements apart, += the tile.
+INLINE void add_tile_of(enum kind kind, const int ROWS, const int PANELS, const struct tile *t, float *sums,
+                        size_t stride) {
+    __m512 acc[ROWS * PANELS];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) acc[r * PANELS + p] = _mm512_loadu_ps(sums + r * stride + 16 * p);
+    multiply_tile(kind, ROWS, PANELS, t, acc);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) _mm512_storeu_ps(sums + r * stride + 16 * p, acc[r * PANELS + p]);
+}
+
+// The same for any number of rows up to TILE_ROWS.
+#define ROWS_CASE(n)                                                                                         \
+    case n:                                                                                                  \
+        add_tile_of(kind, n, PANELS, t, sums, stride);                                                       \
+        break;
+INLINE void add_tile(enum kind kind, size_t rows, const int PANELS, const struct tile *t, float *sums,
+                     size_t stride) {
+    switch (rows) {
+        ROWS_CASE(1)
+        ROWS_CASE(2)
+        ROWS_CASE(3)
+        ROWS_CASE(4)
+        ROWS_CASE(5)
+        ROWS_CASE(6)
+#if RUNG_AVX512
+        ROWS_CASE(7)
+        ROWS_CASE(8)
+        ROWS_CASE(9)
+        ROWS_CASE(10)
+        ROWS_CASE(11)
+        ROWS_CASE(12)
+#endif
+    }
+}

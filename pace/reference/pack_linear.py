@@ -1,0 +1,97 @@
+"""Weights of linear layers as the matrix tile reads them: panels of 16 output features.
+
+    weight (N, K), float32     panels [N/16][K][16]         16 rows' elements of one k side by side
+    weight (N, K), bfloat16    panels [N/16][K/2][16][2]    the same, for pairs of neighbouring k
+
+                k=0      k=1      k=2      k=3
+    row 0        a        b        c        d
+    row 1        e        f        g        h       →  a b e f … (32 numbers)  c d g h …
+    ⋮
+
+N is filled up with rows of zeros to whole panels, an odd K with a column of zeros to whole pairs.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import Array, Float, bfloat16, check_float, check_rows, f32, float32
+
+PANEL = 16
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """The weight of a linear layer, (out_features, in_features), in panels.
+
+    `gated`: the panels of two weights alternate, gate's then up's, each of `out_features` rows (see gated_mlp).
+    """
+
+    panels: Array
+    out_features: int
+    in_features: int
+    gated: bool = False
+
+    @staticmethod
+    def empty(out_features: int, in_features: int, dtype: np.dtype[np.generic], gated: bool = False) -> "PackedLinear":
+        """Room for a weight, not initialised: every panel is for pack_linear to fill."""
+        num_panels = -(-out_features // PANEL) * (2 if gated else 1)
+        if dtype == bfloat16:
+            shape: tuple[int, ...] = (num_panels, -(-in_features // 2), PANEL, 2)
+        elif dtype == float32:
+            shape = (num_panels, in_features, PANEL)
+        else:
+            raise TypeError(f"dtype is {dtype}; it must be float32 or bfloat16")
+        return PackedLinear(np.empty(shape, dtype), out_features, in_features, gated)
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return self.panels.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+
+def pack_linear(weight: Array, into: PackedLinear | None = None, first_panel: int = 0, panel_step: int = 1) -> PackedLinear:
+    """Lay out weight (rows, K), float32 or bfloat16, as panels; returns `into`, or a new one of weight's dtype.
+
+    Rows 16·i … 16·i+15 go to panel `first_panel + i · panel_step` of `into`, rounded to its dtype; several weights are
+    packed into one by calling once for each (rows that come after must start a panel of their own).
+
+    ValueError for a K other than into's, or more panels than it has; TypeError for another dtype.
+    """
+    check_float(weight, "weight")
+    check_rows(weight, "weight")
+    rows, columns = weight.shape
+    if into is None:
+        into = PackedLinear.empty(rows, columns, weight.dtype)
+    if columns != into.in_features:
+        raise ValueError(f"weight has shape {weight.shape}; it must be (rows, {into.in_features})")
+    count = -(-rows // PANEL)
+    if first_panel < 0 or panel_step < 1 or (count and first_panel + (count - 1) * panel_step >= len(into.panels)):
+        raise ValueError(
+            f"{count} panels from {first_panel} in steps of {panel_step} do not fit the {len(into.panels)} there are"
+        )
+    padded = np.zeros((count * PANEL, columns + columns % 2), into.dtype)
+    padded[:rows, :columns] = weight.astype(into.dtype)
+    if into.dtype == bfloat16:
+        panels = padded.reshape(count, PANEL, -1, 2).transpose(0, 2, 1, 3)
+    else:
+        panels = padded[:, :columns].reshape(count, PANEL, columns).transpose(0, 2, 1)
+    into.panels[first_panel : first_panel + count * panel_step : panel_step] = panels
+    return into
+
+
+def unpack_linear(weight: PackedLinear) -> Float:
+    """The weight (out_features, in_features) in float32; (2, out_features, in_features) of a gated one."""
+    panels = f32(weight.panels)
+    if weight.dtype == bfloat16:
+        panels = panels.transpose(0, 2, 1, 3).reshape(len(panels), PANEL, -1)
+    else:
+        panels = panels.transpose(0, 2, 1)
+    panels = panels[:, :, : weight.in_features]
+    if not weight.gated:
+        return panels.reshape(-1, weight.in_features)[: weight.out_features]
+    halves = panels.reshape(-1, 2, PANEL, weight.in_features).transpose(1, 0, 2, 3)
+    return halves.reshape(2, -1, weight.in_features)[:, : weight.out_features]
