@@ -13,11 +13,13 @@ from . import isa
 Operation = Callable[..., Any]
 
 OPERATIONS = (
+    "attend",
     "embed",
     "gated_mlp",
     "linear",
     "pack_linear",
     "rms_norm",
+    "store_kv",
 )
 
 
@@ -33,8 +35,10 @@ def native(name: str) -> Operation:
 
 _form = reference if isa.RUNG == "reference" else native
 
+attend = _form("attend")
 embed = _form("embed")
 gated_mlp = _form("gated_mlp")
 linear = _form("linear")
 pack_linear = _form("pack_linear")
 rms_norm = _form("rms_norm")
+store_kv = _form("store_kv")

@@ -94,5 +94,5 @@ def erf(x: Float) -> Float:
     """The error function, within 1.5e-7: Abramowitz and Stegun, 7.1.26, in float64."""
     t = 1 / (1 + 0.3275911 * np.abs(x.astype(np.float64)))
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    magnitude = 1 - series * np.exp(-x.astype(np.float64) ** 2)
+    magnitude = 1 - series * np.exp(-(x.astype(np.float64) ** 2))
     return (np.sign(x) * magnitude).astype(np.float32)

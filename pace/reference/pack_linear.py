@@ -53,7 +53,9 @@ class PackedLinear:
         return self.panels.nbytes
 
 
-def pack_linear(weight: Array, into: PackedLinear | None = None, first_panel: int = 0, panel_step: int = 1) -> PackedLinear:
+def pack_linear(
+    weight: Array, into: PackedLinear | None = None, first_panel: int = 0, panel_step: int = 1
+) -> PackedLinear:
     """Lay out weight (rows, K), float32 or bfloat16, as panels; returns `into`, or a new one of weight's dtype.
 
     Rows 16·i … 16·i+15 go to panel `first_panel + i · panel_step` of `into`, rounded to its dtype; several weights are

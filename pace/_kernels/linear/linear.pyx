@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pace.reference.arrays import bfloat16, float32
 from pace.reference.linear import ACTIVATIONS
 from pace.reference.pack_linear import PackedLinear
 
@@ -102,9 +103,9 @@ def linear(cnp.ndarray x not None, weight, cnp.ndarray bias=None, str activation
     args.out_kind = args.kind
     if out_dtype is not None:
         dtype = np.dtype(out_dtype)
-        if dtype not in (np.float32, PackedLinear.empty(0, 0, weight.dtype).dtype):
+        if dtype not in (float32, bfloat16):
             raise TypeError(f"out_dtype is {dtype}; it must be float32 or bfloat16")
-        args.out_kind = F32 if dtype == np.float32 else BF16
+        args.out_kind = F32 if dtype == float32 else BF16
     set_bias(&args, bias, args.out_features)
     set_activation(&args, activation)
     args.multiply = operand(multiply, "multiply", &args, &args.multiply_stride)

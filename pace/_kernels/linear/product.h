@@ -1,4 +1,5 @@
-// The product of rows and packed panels that linear and gated_mlp share; they differ in what becomes of its sums.
+// The product of rows and packed panels that linear and gated_mlp share; they differ in what becomes of its
+// sums.
 #pragma once
 #include "linear/linear.h"
 #include "simd/math.h"
@@ -7,7 +8,9 @@
 enum { PAIR_COLUMNS = 32 };
 
 // x / (1 + e^-x)
-INLINE __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid_ps(x)); }
+INLINE __m512 silu(__m512 x) {
+    return _mm512_mul_ps(x, sigmoid_ps(x));
+}
 
 // x/2 · (1 + erf(x/√2)), Hendrycks and Gimpel (2016)
 INLINE __m512 gelu_erf(__m512 x) {

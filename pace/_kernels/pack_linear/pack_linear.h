@@ -6,9 +6,9 @@ struct pack_linear_args {
     const void *weight;
     size_t weight_stride; // bytes from one row to the next
     size_t rows, columns;
-    int kind;         // of weight
-    int panel_kind;   // of the panels
-    uint32_t *panels; // where the first 16 rows go
+    int kind;          // of weight
+    int panel_kind;    // of the panels
+    uint32_t *panels;  // where the first 16 rows go
     size_t panel_step; // words from there to where the next 16 go
 };
 

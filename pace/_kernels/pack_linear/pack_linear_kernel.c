@@ -41,8 +41,7 @@ INLINE void transpose_16x16(__m512i r[16]) {
     }
 }
 
-INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind kind,
-                       enum kind panel_kind) {
+INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind kind, enum kind panel_kind) {
     const size_t words = panel_kind == BF16 ? (a->columns + 1) / 2 : a->columns;
     const size_t rows = a->rows - panel * 16 < 16 ? a->rows - panel * 16 : 16;
     uint32_t *out = a->panels + panel * a->panel_step;
@@ -50,8 +49,8 @@ INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind
         __m512i block[16];
         for (size_t r = 0; r < 16; r++) {
             const void *row = (const char *)a->weight + (panel * 16 + r) * a->weight_stride;
-            block[r] = r < rows ? words_of_row(kind, panel_kind, row, word, a->columns)
-                                : _mm512_setzero_si512();
+            block[r] =
+                r < rows ? words_of_row(kind, panel_kind, row, word, a->columns) : _mm512_setzero_si512();
         }
         transpose_16x16(block);
         const size_t count = words - word < 16 ? words - word : 16;

@@ -65,20 +65,20 @@ EACH_EPI(pair_unpackhi_epi64, _mm256_unpackhi_epi64(x, y))
 #define _mm512_unpackhi_epi32 pair_unpackhi_epi32
 #define _mm512_unpacklo_epi64 pair_unpacklo_epi64
 #define _mm512_unpackhi_epi64 pair_unpackhi_epi64
-#define _mm512_add_ps    pair_add_ps
-#define _mm512_sub_ps    pair_sub_ps
-#define _mm512_mul_ps    pair_mul_ps
-#define _mm512_div_ps    pair_div_ps
-#define _mm512_max_ps    pair_max_ps
-#define _mm512_min_ps    pair_min_ps
-#define _mm512_and_ps    pair_and_ps
-#define _mm512_or_ps     pair_or_ps
-#define _mm512_xor_ps    pair_xor_ps
-#define _mm512_add_epi32 pair_add_epi32
-#define _mm512_sub_epi32 pair_sub_epi32
-#define _mm512_and_epi32 pair_and_epi32
-#define _mm512_or_epi32  pair_or_epi32
-#define _mm512_xor_epi32 pair_xor_epi32
+#define _mm512_add_ps         pair_add_ps
+#define _mm512_sub_ps         pair_sub_ps
+#define _mm512_mul_ps         pair_mul_ps
+#define _mm512_div_ps         pair_div_ps
+#define _mm512_max_ps         pair_max_ps
+#define _mm512_min_ps         pair_min_ps
+#define _mm512_and_ps         pair_and_ps
+#define _mm512_or_ps          pair_or_ps
+#define _mm512_xor_ps         pair_xor_ps
+#define _mm512_add_epi32      pair_add_epi32
+#define _mm512_sub_epi32      pair_sub_epi32
+#define _mm512_and_epi32      pair_and_epi32
+#define _mm512_or_epi32       pair_or_epi32
+#define _mm512_xor_epi32      pair_xor_epi32
 
 INLINE pair_ps pair_sqrt_ps(pair_ps a) {
     return (pair_ps){{_mm256_sqrt_ps(a.half[0]), _mm256_sqrt_ps(a.half[1])}};
@@ -220,15 +220,18 @@ INLINE pair_epi pair_maskz_loadu_epi32(__mmask16 m, const void *p) {
 }
 #define _mm512_maskz_loadu_epi32 pair_maskz_loadu_epi32
 
-INLINE pair_epi pair_castsi256_si512(__m256i a) { return (pair_epi){{a, a}}; }
-#define _mm512_castsi256_si512(a)      pair_castsi256_si512(a)
-#define _mm512_inserti64x4(a, b, half_) ((pair_epi){{(half_) ? (a).half[0] : (b), (half_) ? (b) : (a).half[1]}})
+INLINE pair_epi pair_castsi256_si512(__m256i a) {
+    return (pair_epi){{a, a}};
+}
+#define _mm512_castsi256_si512(a) pair_castsi256_si512(a)
+#define _mm512_inserti64x4(a, b, half_)                                                                      \
+    ((pair_epi){{(half_) ? (a).half[0] : (b), (half_) ? (b) : (a).half[1]}})
 
 // The four quarters a[m0] a[m1] b[m2] b[m3] of 128 bits.
 #define QUARTER(x, i)                                                                                        \
-    ((i)&1 ? _mm256_extracti128_si256((x).half[(i) >> 1], 1) : _mm256_castsi256_si128((x).half[(i) >> 1]))
+    ((i) & 1 ? _mm256_extracti128_si256((x).half[(i) >> 1], 1) : _mm256_castsi256_si128((x).half[(i) >> 1]))
 #define _mm512_shuffle_i32x4(a, b, m)                                                                        \
-    ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m)&3)),                              \
+    ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m) & 3)),                            \
                  _mm256_set_m128i(QUARTER(b, (m) >> 6 & 3), QUARTER(b, (m) >> 4 & 3))}})
 
 // float32 to bfloat16: round to nearest even; a NaN stays one (its quiet bit is set).

@@ -1,11 +1,12 @@
-// The one matrix tile: every product of the library, a row at decode or hundreds at prefill, a linear layer's or
-// attention's, is sums of these, so every path adds in the same order.
+// The one matrix tile: every product of the library, a row at decode or hundreds at prefill, a linear layer's
+// or attention's, is sums of these, so every path adds in the same order.
 //
 //     acc[r][p] += sum over k, ascending, of a[k][r] · b[k][p]
 //
-// r is one of at most TILE_ROWS rows, p one of at most TILE_PANELS panels of 16 columns, b comes in words of 32 bits, 16 to
-// a register: a float32, or a pair of bfloat16 that lie next to each other along k ("words" below). How a stands in
-// memory depends on the rung, since AVX2 has no bfloat16 product: `a_words_of_pair` float32 for each pair there.
+// r is one of at most TILE_ROWS rows, p one of at most TILE_PANELS panels of 16 columns, b comes in words of
+// 32 bits, 16 to a register: a float32, or a pair of bfloat16 that lie next to each other along k ("words"
+// below). How a stands in memory depends on the rung, since AVX2 has no bfloat16 product: `a_words_of_pair`
+// float32 for each pair there.
 #pragma once
 #include "elements.h"
 
@@ -20,7 +21,9 @@ typedef uint32_t __attribute__((may_alias)) word; // the bits of a float32 or of
 typedef uint16_t __attribute__((may_alias)) bf16_bits;
 
 // Words of b along k, and of a, for n elements.
-INLINE size_t words_of(enum kind kind, size_t n) { return kind == BF16 ? (n + 1) / 2 : n; }
+INLINE size_t words_of(enum kind kind, size_t n) {
+    return kind == BF16 ? (n + 1) / 2 : n;
+}
 INLINE size_t a_words_of(enum kind kind, size_t n) {
     return kind == BF16 ? (n + 1) / 2 * A_WORDS_OF_PAIR : n;
 }
@@ -50,10 +53,13 @@ struct tile {
     size_t num_words;       // words of b along k
 };
 
-INLINE __m512 broadcast(const word *a) { return _mm512_castsi512_ps(_mm512_set1_epi32((int)*a)); }
+INLINE __m512 broadcast(const word *a) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32((int)*a));
+}
 
 // acc is (ROWS, PANELS); both are constants where this is called.
-INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, const struct tile *t, __m512 *acc) {
+INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, const struct tile *t,
+                          __m512 *acc) {
     const word *a = t->a, *b = t->b;
     for (size_t k = 0; k < t->num_words; k++, b += t->b_step) {
         __m512i columns[PANELS];
