@@ -13,8 +13,11 @@ from . import isa
 Operation = Callable[..., Any]
 
 OPERATIONS = (
+    "add_layer_norm",
+    "add_rms_norm",
+    "layer_norm",
     "rms_norm",
-)  # fmt: skip
+)
 
 
 def reference(name: str) -> Operation:
@@ -29,4 +32,7 @@ def native(name: str) -> Operation:
 
 _form = reference if isa.RUNG == "reference" else native
 
+add_layer_norm = _form("add_layer_norm")
+add_rms_norm = _form("add_rms_norm")
+layer_norm = _form("layer_norm")
 rms_norm = _form("rms_norm")
