@@ -17,6 +17,7 @@ OPERATIONS = (
     "add_rms_norm",
     "layer_norm",
     "rms_norm",
+    "rope",
 )
 
 
@@ -36,3 +37,4 @@ add_layer_norm = _form("add_layer_norm")
 add_rms_norm = _form("add_rms_norm")
 layer_norm = _form("layer_norm")
 rms_norm = _form("rms_norm")
+rope = _form("rope")
