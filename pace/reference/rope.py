@@ -18,7 +18,7 @@ def rope(q: Array, k: Array, cos: Float, sin: Float, positions: NDArray[np.int32
     left alone.
 
     In float32: both products and their sum are rounded, none fused; then rounded once, to q's dtype. So both forms
-    give the same bits.
+    give the same bits, but that AVX-512 rounds to bfloat16 with denormals flushed to zero.
 
     TypeError for another dtype; ValueError for another shape or stride, a read-only q or k, or a position that is not
     in the tables. Nothing is written then.
