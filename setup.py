@@ -68,7 +68,7 @@ def extensions() -> list[Extension]:
                 ".".join(pyx.with_suffix("").parts),
                 [str(pyx), *plain_c],
                 include_dirs=[str(KERNELS), numpy.get_include()],
-                depends=headers + shared,
+                depends=headers + shared + [str(path) for path in pyx.parent.glob("*_kernel.c")],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
                 extra_compile_args=BINDING_FLAGS,
                 extra_link_args=LINK_FLAGS,

@@ -13,12 +13,16 @@ from . import isa
 Operation = Callable[..., Any]
 
 OPERATIONS = (
+    "add_layer_norm",
+    "add_rms_norm",
     "attend",
     "embed",
     "gated_mlp",
+    "layer_norm",
     "linear",
     "pack_linear",
     "rms_norm",
+    "rope",
     "store_kv",
 )
 
@@ -35,10 +39,14 @@ def native(name: str) -> Operation:
 
 _form = reference if isa.RUNG == "reference" else native
 
+add_layer_norm = _form("add_layer_norm")
+add_rms_norm = _form("add_rms_norm")
 attend = _form("attend")
 embed = _form("embed")
 gated_mlp = _form("gated_mlp")
+layer_norm = _form("layer_norm")
 linear = _form("linear")
 pack_linear = _form("pack_linear")
 rms_norm = _form("rms_norm")
+rope = _form("rope")
 store_kv = _form("store_kv")

@@ -13,6 +13,10 @@ cdef int run(const pace_worker *workers, const void *args, size_t items, size_t 
 
 cdef int kind_of(cnp.ndarray array, str name) except -1
 cdef int check_rows(cnp.ndarray array, str name, Py_ssize_t columns) except -1
+cdef int check_heads(cnp.ndarray array, str name, Py_ssize_t tokens, Py_ssize_t head_dim) except -1
 cdef int check_vector(cnp.ndarray array, str name, Py_ssize_t length, int typenum) except -1
+cdef int check_kind(cnp.ndarray array, str name, int kind) except -1
+cdef int check_writeable(cnp.ndarray array, str name) except -1
+cdef int check_output_rows(cnp.ndarray array, str name, Py_ssize_t rows, Py_ssize_t columns, int kind) except -1
 cdef cnp.ndarray empty_rows(Py_ssize_t rows, Py_ssize_t columns, int kind)
 cdef cnp.ndarray output_rows(object out, Py_ssize_t rows, Py_ssize_t columns, int kind)

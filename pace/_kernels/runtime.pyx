@@ -117,6 +117,24 @@ cdef int check_rows(cnp.ndarray array, str name, Py_ssize_t columns) except -1:
     return 0
 
 
+cdef int check_heads(cnp.ndarray array, str name, Py_ssize_t tokens, Py_ssize_t head_dim) except -1:
+    """(tokens, heads, head_dim), any token stride, contiguous within a token; a negative number takes any."""
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(array)
+    if (
+        cnp.PyArray_NDIM(array) != 3
+        or (tokens >= 0 and cnp.PyArray_DIM(array, 0) != tokens)
+        or (head_dim >= 0 and cnp.PyArray_DIM(array, 2) != head_dim)
+    ):
+        wanted = "tokens" if tokens < 0 else tokens, "heads", "head_dim" if head_dim < 0 else head_dim
+        raise ValueError(f"{name} has shape {np.shape(array)}; it must be ({', '.join(map(str, wanted))})")
+    if cnp.PyArray_SIZE(array) and (
+        (cnp.PyArray_DIM(array, 2) > 1 and cnp.PyArray_STRIDE(array, 2) != size)
+        or (cnp.PyArray_DIM(array, 1) > 1 and cnp.PyArray_STRIDE(array, 1) != size * cnp.PyArray_DIM(array, 2))
+    ):
+        raise ValueError(f"{name} has strides {(<object>array).strides}; the heads of a token must be contiguous")
+    return 0
+
+
 cdef int check_vector(cnp.ndarray array, str name, Py_ssize_t length, int typenum) except -1:
     """A contiguous vector of `length` elements of NumPy type `typenum`."""
     if cnp.PyArray_TYPE(array) != typenum:
@@ -132,16 +150,31 @@ cdef cnp.ndarray empty_rows(Py_ssize_t rows, Py_ssize_t columns, int kind):
     return np.empty((rows, columns), _bf16_dtype if kind == BF16 else _f32_dtype)
 
 
+cdef int check_kind(cnp.ndarray array, str name, int kind) except -1:
+    """The dtype that another array has."""
+    if kind_of(array, name) != kind:
+        raise TypeError(f"{name} has dtype {array.dtype}; it must be {_bf16_dtype if kind == BF16 else _f32_dtype}")
+    return 0
+
+
+cdef int check_writeable(cnp.ndarray array, str name) except -1:
+    if not cnp.PyArray_ISWRITEABLE(array):
+        raise ValueError(f"{name} is read-only")
+    return 0
+
+
+cdef int check_output_rows(cnp.ndarray array, str name, Py_ssize_t rows, Py_ssize_t columns, int kind) except -1:
+    """(rows, columns) of `kind` that may be written."""
+    check_kind(array, name, kind)
+    check_rows(array, name, columns)
+    if cnp.PyArray_DIM(array, 0) != rows:
+        raise ValueError(f"{name} has shape {np.shape(array)}; it must be ({rows}, {columns})")
+    return check_writeable(array, name)
+
+
 cdef cnp.ndarray output_rows(object out, Py_ssize_t rows, Py_ssize_t columns, int kind):
     """`out` checked, or a new array where it is None."""
     if out is None:
         return empty_rows(rows, columns, kind)
-    cdef cnp.ndarray array = out
-    if kind_of(array, "out") != kind:
-        raise TypeError(f"out has dtype {array.dtype}; it must be {_bf16_dtype if kind == BF16 else _f32_dtype}")
-    check_rows(array, "out", columns)
-    if cnp.PyArray_DIM(array, 0) != rows:
-        raise ValueError(f"out has shape {np.shape(array)}; it must be ({rows}, {columns})")
-    if not array.flags.writeable:
-        raise ValueError("out is read-only")
-    return array
+    check_output_rows(out, "out", rows, columns, kind)
+    return out

@@ -31,6 +31,15 @@ def check_rows(array: Array, name: str, columns: int | None = None) -> None:
         raise ValueError(f"{name} has strides {array.strides}; its rows must be contiguous")
 
 
+def check_heads(array: Array, name: str, tokens: int | None = None, head_dim: int | None = None) -> None:
+    """(tokens, heads, head_dim), any token stride, contiguous within a token; None takes any number."""
+    wanted = (tokens if tokens is not None else "tokens", "heads", head_dim if head_dim is not None else "head_dim")
+    if array.ndim != 3 or tokens not in (None, array.shape[0]) or head_dim not in (None, array.shape[2]):
+        raise ValueError(f"{name} has shape {array.shape}; it must be ({', '.join(map(str, wanted))})")
+    if array.size and not array[0].flags.c_contiguous:
+        raise ValueError(f"{name} has strides {array.strides}; the heads of a token must be contiguous")
+
+
 def check_vector(array: Array, name: str, length: int, dtype: DTypeLike) -> None:
     """A contiguous vector of `length` elements."""
     if not isinstance(array, np.ndarray):
@@ -43,15 +52,30 @@ def check_vector(array: Array, name: str, length: int, dtype: DTypeLike) -> None
         raise ValueError(f"{name} has strides {array.strides}; it must be contiguous")
 
 
+def check_writeable(array: Array, name: str) -> None:
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+
+
+def check_dtype(array: Array, name: str, dtype: DTypeLike) -> None:
+    """The dtype, float32 or bfloat16, that another array has."""
+    check_float(array, name)
+    if array.dtype != dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(dtype)}")
+
+
+def check_output_rows(array: Array, name: str, rows: int, columns: int, dtype: DTypeLike) -> None:
+    """(rows, columns) that may be written."""
+    check_dtype(array, name, dtype)
+    check_rows(array, name, columns)
+    if array.shape[0] != rows:
+        raise ValueError(f"{name} has shape {array.shape}; it must be ({rows}, {columns})")
+    check_writeable(array, name)
+
+
 def output_rows(out: Array | None, rows: int, columns: int, dtype: DTypeLike) -> Array:
     """`out` checked, or a new array where it is None."""
     if out is None:
         return np.empty((rows, columns), dtype)
-    if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}; it must be {np.dtype(dtype)}")
-    check_rows(out, "out", columns)
-    if out.shape[0] != rows:
-        raise ValueError(f"out has shape {out.shape}; it must be ({rows}, {columns})")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only")
+    check_output_rows(out, "out", rows, columns, dtype)
     return out

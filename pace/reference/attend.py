@@ -18,9 +18,9 @@ def attend(
 ) -> Array:
     """y = softmax(scale · q · Kᵀ) · V, each query over the keys up to its own.
 
-    q: (tokens, heads, head_dim), any token stride, heads contiguous: the new tokens of all sequences end to end; those of
-    sequence s are query_starts[s] … query_starts[s+1]. Its keys and values, kv_lengths[s] of them, the new tokens'
-    included and last, stand in blocks block_tables[s]. Head h reads the keys of head h // (heads / kv_heads).
+    q: (tokens, heads, head_dim), any token stride, heads contiguous: the new tokens of all sequences end to end;
+    those of sequence s are query_starts[s] … query_starts[s+1]. Its keys and values, kv_lengths[s] of them, the new
+    tokens' included and last, stand in blocks block_tables[s]. Head h reads the keys of head h // (heads / kv_heads).
 
     k_blocks, v_blocks: as store_kv writes them, of q's dtype. block_tables: (sequences, blocks) int32 C-contiguous.
     query_starts: (sequences + 1,) int32, from 0 to tokens. kv_lengths: (sequences,) int32. Returns (tokens, heads,

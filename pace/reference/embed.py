@@ -9,8 +9,8 @@ from .pack_linear import PackedLinear, unpack_linear
 def embed(tokens: Array, table: PackedLinear, out: Array | None = None) -> Array:
     """y[i] = table[tokens[i]].
 
-    tokens: (tokens,) int32. table: (vocabulary, hidden). Returns (tokens, hidden) of table's dtype, in `out` where it is
-    given.
+    tokens: (tokens,) int32. table: (vocabulary, hidden). Returns (tokens, hidden) of table's dtype, in `out` where
+    it is given.
 
     ValueError for a token that the table does not have (named), or another shape; TypeError for another dtype.
     """

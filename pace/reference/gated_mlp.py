@@ -13,8 +13,8 @@ def gated_mlp(
     """y = activation(x · gateᵀ + gate_bias) · (x · upᵀ + up_bias).
 
     x: (tokens, in_features) of weight's dtype. weight: gated, gate's and up's panels alternating (pack_linear with
-    panel_step 2, first_panel 0 for gate and 1 for up). bias: (2 · out_features,) float32, gate's then up's. activation: one
-    of linear's ACTIVATIONS. Returns (tokens, out_features) of x's dtype, in `out` where it is given.
+    panel_step 2, first_panel 0 for gate and 1 for up). bias: (2 · out_features,) float32, gate's then up's. activation:
+    one of linear's ACTIVATIONS. Returns (tokens, out_features) of x's dtype, in `out` where it is given.
 
     Products and sums in float32, in ascending order of k; rounded once, to x's dtype, at the end.
 

@@ -28,8 +28,8 @@ def linear(
     Products and sums in float32, in ascending order of k; rounded once, to the result's dtype, at the end. The native
     avx512 rung takes denormal bfloat16 as zero.
 
-    TypeError for another dtype; ValueError for another shape, rows that are not contiguous, an activation of no such name,
-    or a gated weight.
+    TypeError for another dtype; ValueError for another shape, rows that are not contiguous, an activation of no
+    such name, or a gated weight.
     """
     check_product(x, weight, gated=False)
     dtype = np.dtype(out_dtype) if out_dtype is not None else x.dtype

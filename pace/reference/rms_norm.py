@@ -17,8 +17,9 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, out: Array | None = Non
     """
     check_float(x, "x")
     check_rows(x, "x")
-    check_vector(weight, "weight", x.shape[1], np.float32)
-    result = output_rows(out, *x.shape, x.dtype)
+    rows, hidden = x.shape
+    check_vector(weight, "weight", hidden, np.float32)
+    result = output_rows(out, rows, hidden, x.dtype)
     values = f32(x)
     inverse_rms = 1 / np.sqrt(np.mean(values * values, axis=1, keepdims=True) + np.float32(eps))
     result[...] = values * inverse_rms * f32(weight)

@@ -37,8 +37,8 @@ def kv_shapes(
 def store_kv(k: Array, v: Array, k_blocks: Array, v_blocks: Array, slots: Array) -> None:
     """Write each token's keys and values to its slot.
 
-    k, v: (tokens, kv_heads, head_dim), any token stride, heads contiguous. k_blocks, v_blocks: as kv_shapes gives, of k's
-    dtype, C-contiguous. slots: (tokens,) int64, all different.
+    k, v: (tokens, kv_heads, head_dim), any token stride, heads contiguous. k_blocks, v_blocks: as kv_shapes gives, of
+    k's dtype, C-contiguous. slots: (tokens,) int64, all different.
 
     ValueError for a slot outside the blocks (before anything is written) or another shape; TypeError for another dtype.
     """

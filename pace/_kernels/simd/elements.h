@@ -57,3 +57,17 @@ INLINE void store(enum kind kind, void *row, size_t i, __mmask16 mask, __m512 x)
     else
         store16_masked(kind, row, i, mask, x);
 }
+// Stores x, and returns it as it was stored: rounded.
+INLINE __m512 store_rounded(enum kind kind, void *row, size_t i, __mmask16 mask, __m512 x) {
+    if (kind == F32) {
+        store(F32, row, i, mask, x);
+        return x;
+    }
+    const __m256i bits = bits_of_bf16x16(_mm512_cvtneps_pbh(x));
+    void *p = at_mut(BF16, row, i);
+    if (mask == FULL)
+        _mm256_storeu_si256(p, bits);
+    else
+        _mm256_mask_storeu_epi16(p, mask, bits);
+    return f32_of_bf16(bits);
+}

@@ -162,14 +162,15 @@ INLINE void pair256_mask_storeu_epi16(void *p, __mmask16 m, __m256i a) {
     for (int i = 0; i < 16; i++)
         if (m >> i & 1) ((uint16_t *)p)[i] = lane[i];
 }
-#define _mm512_loadu_ps          pair_loadu_ps
-#define _mm512_storeu_ps         pair_storeu_ps
-#define _mm512_loadu_si512       pair_loadu_si512
-#define _mm512_storeu_si512      pair_storeu_si512
-#define _mm512_maskz_loadu_ps    pair_maskz_loadu_ps
-#define _mm512_mask_storeu_ps    pair_mask_storeu_ps
-#define _mm256_maskz_loadu_epi16 pair256_maskz_loadu_epi16
-#define _mm256_mask_storeu_epi16 pair256_mask_storeu_epi16
+#define _mm256_maskz_loadu_ps(m, p) _mm256_maskload_ps(p, lanes_of_mask(m))
+#define _mm512_loadu_ps             pair_loadu_ps
+#define _mm512_storeu_ps            pair_storeu_ps
+#define _mm512_loadu_si512          pair_loadu_si512
+#define _mm512_storeu_si512         pair_storeu_si512
+#define _mm512_maskz_loadu_ps       pair_maskz_loadu_ps
+#define _mm512_mask_storeu_ps       pair_mask_storeu_ps
+#define _mm256_maskz_loadu_epi16    pair256_maskz_loadu_epi16
+#define _mm256_mask_storeu_epi16    pair256_mask_storeu_epi16
 
 // Masks.
 
@@ -185,6 +186,15 @@ INLINE pair_ps pair_mask_blend_ps(__mmask16 m, pair_ps a, pair_ps b) {
 #define _mm512_cmp_ps_mask(a, b, predicate)                                                                  \
     ((__mmask16)(_mm256_movemask_ps(_mm256_cmp_ps((a).half[0], (b).half[0], predicate)) |                    \
                  _mm256_movemask_ps(_mm256_cmp_ps((a).half[1], (b).half[1], predicate)) << 8))
+
+// Within pairs of lanes.
+
+INLINE pair_ps pair_moveldup_ps(pair_ps a) {
+    return (pair_ps){{_mm256_moveldup_ps(a.half[0]), _mm256_moveldup_ps(a.half[1])}};
+}
+#define _mm512_moveldup_ps pair_moveldup_ps
+#define _mm512_permute_ps(a, control)                                                                        \
+    ((pair_ps){{_mm256_permute_ps((a).half[0], control), _mm256_permute_ps((a).half[1], control)}})
 
 // Reductions, in the order of gcc's own expansion: halves, quarters, pairs.
 
@@ -213,13 +223,11 @@ INLINE pair_epi pair_cvtepu16_epi32(__m256i a) {
     return (pair_epi){{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
                        _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
 }
-#define _mm512_cvtepu16_epi32 pair_cvtepu16_epi32
-INLINE pair_epi pair_maskz_loadu_epi32(__mmask16 m, const void *p) {
-    return (pair_epi){{_mm256_maskload_epi32((const int *)p, lanes_of_mask(m)),
-                       _mm256_maskload_epi32((const int *)p + 8, lanes_of_mask(m >> 8))}};
+INLINE pair_epi pair_cvtepu32_epi64(__m256i a) {
+    return (pair_epi){{_mm256_cvtepu32_epi64(_mm256_castsi256_si128(a)),
+                       _mm256_cvtepu32_epi64(_mm256_extracti128_si256(a, 1))}};
 }
-#define _mm512_maskz_loadu_epi32 pair_maskz_loadu_epi32
-
+#define _mm512_cvtepu16_epi32 pair_cvtepu16_epi32
 INLINE pair_epi pair_castsi256_si512(__m256i a) {
     return (pair_epi){{a, a}};
 }
@@ -233,6 +241,7 @@ INLINE pair_epi pair_castsi256_si512(__m256i a) {
 #define _mm512_shuffle_i32x4(a, b, m)                                                                        \
     ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m) & 3)),                            \
                  _mm256_set_m128i(QUARTER(b, (m) >> 6 & 3), QUARTER(b, (m) >> 4 & 3))}})
+#define _mm512_cvtepu32_epi64 pair_cvtepu32_epi64
 
 // float32 to bfloat16: round to nearest even; a NaN stays one (its quiet bit is set).
 INLINE __m256i bf16_in_low_half(__m256 a) {
