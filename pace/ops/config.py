@@ -1,0 +1,62 @@
+"""Which backend each operator runs on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+from . import registry
+
+
+def _default() -> str:
+    return registry.available()[0]
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """The backend of every operator, by name: "NATIVE", "REFERENCE"; "" is the best that this host runs.
+
+    ValueError for a name that is no backend's, or of one that can't run here; it lists those that can.
+    """
+
+    norm: str = ""
+    qkv_projection: str = ""
+    rope: str = ""
+    attention: str = ""
+    out_projection: str = ""
+    mlp: str = ""
+    lm_head: str = ""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            backend = getattr(self, field.name) or _default()
+            reason = registry.missing(backend)
+            if reason is not None:
+                there = ", ".join(registry.available())
+                raise ValueError(f"{field.name} asks for backend {backend}, but {reason}; available here: {there}")
+            object.__setattr__(self, field.name, backend)
+
+    @classmethod
+    def all(cls, backend: str) -> "OperatorConfig":
+        """Every operator on one backend."""
+        return cls(**{field.name: backend for field in fields(cls)})
+
+    @classmethod
+    def parse(cls, value: "str | Mapping[str, str] | OperatorConfig | None") -> "OperatorConfig":
+        """A backend's name for all operators, JSON or a mapping of operators to backends, or None for the default."""
+        if isinstance(value, OperatorConfig):
+            return value
+        if value is None or value == "":
+            return cls()
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            return cls.all(value)
+        chosen = json.loads(value) if isinstance(value, str) else dict(value)
+        unknown = sorted(set(chosen) - {field.name for field in fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"operator {unknown[0]!r} is unknown; there are {known}")
+        return cls(**chosen)
+
+    def resolve(self, operator: str, dtype: registry.Dtype) -> SimpleNamespace:
+        """The functions of an operator, by name."""
+        return registry.resolve(operator, getattr(self, operator), dtype)

@@ -1,0 +1,95 @@
+"""The operators that models are made of. Each holds its weights and the functions of its backend, settled when it is
+built, and does nothing but call them; the functions' contracts are in pace.reference.
+"""
+
+import numpy as np
+
+from pace.reference.arrays import Array, Float
+from pace.reference.pack_linear import PackedLinear
+
+from .config import OperatorConfig
+from .registry import Dtype
+
+
+class RMSNorm:
+    def __init__(self, config: OperatorConfig, dtype: Dtype, weight: Float, eps: float) -> None:
+        self._functions = config.resolve("norm", dtype)
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        """The norm of x; or of x + residual, which residual then holds."""
+        if residual is None:
+            return self._functions.rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return self._functions.add_rms_norm(x, residual, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+class LayerNorm:
+    def __init__(self, config: OperatorConfig, dtype: Dtype, weight: Float, bias: Float | None, eps: float) -> None:
+        self._functions = config.resolve("norm", dtype)
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        """The norm of x; or of x + residual, which residual then holds."""
+        if residual is None:
+            return self._functions.layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
+        return self._functions.add_layer_norm(x, residual, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
+
+
+class Linear:
+    """A linear layer; `operator` is what it is to the model: qkv_projection, out_projection, mlp or lm_head."""
+
+    def __init__(
+        self, operator: str, config: OperatorConfig, dtype: Dtype, weight: PackedLinear, bias: Float | None = None
+    ) -> None:
+        self._functions = config.resolve(operator, dtype)
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Array, activation: str | None = None, multiply: Array | None = None) -> Array:
+        return self._functions.linear(x, self.weight, self.bias, activation, multiply)  # type: ignore[no-any-return]
+
+
+class GatedMLP:
+    """activation(gate) · up, and the projection down."""
+
+    def __init__(
+        self, config: OperatorConfig, dtype: Dtype, gate_up: PackedLinear, down: PackedLinear, activation: str
+    ) -> None:
+        self._functions = config.resolve("mlp", dtype)
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+
+    def __call__(self, x: Array) -> Array:
+        inner = self._functions.gated_mlp(x, self.gate_up, None, self.activation)
+        return self._functions.linear(inner, self.down)  # type: ignore[no-any-return]
+
+
+class LMHead:
+    """The table of tokens, at both ends: embeddings in, logits out."""
+
+    def __init__(self, config: OperatorConfig, dtype: Dtype, embedding: PackedLinear, head: PackedLinear) -> None:
+        self._functions = config.resolve("lm_head", dtype)
+        self.embedding, self.head = embedding, head
+
+    def embed(self, tokens: Array) -> Array:
+        return self._functions.embed(tokens, self.embedding)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Array) -> Float:
+        return self._functions.linear(hidden, self.head, out_dtype=np.float32)  # type: ignore[no-any-return]
+
+
+class RoPE:
+    """Rotary position embedding; cos and sin are (max_positions, rotary_dim / 2)."""
+
+    def __init__(self, config: OperatorConfig, dtype: Dtype, cos: Float, sin: Float, interleaved: bool = False) -> None:
+        self._functions = config.resolve("rope", dtype)
+        self.cos, self.sin, self.interleaved = cos, sin, interleaved
+
+    def __call__(self, q: Array, k: Array, positions: Array) -> None:
+        self._functions.rope(q, k, self.cos, self.sin, positions, self.interleaved)
+
+
+class Attention:
+    """What a cache attends with: writing keys and values, and reading them."""
+
+    def __init__(self, config: OperatorConfig, dtype: Dtype) -> None:
+        functions = config.resolve("attention", dtype)
+        self.store, self.attend = functions.store_kv, functions.attend
