@@ -3,6 +3,7 @@
 def bench_NAME(race): race("NAME", x, weight, shape="1 × 2048", num_bytes=..., torch=lambda x, weight: ...)
 """
 
+import os
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -35,9 +36,12 @@ class Run:
     """What the cases of one run share."""
 
     machine: Host = field(default_factory=describe)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])  # of others: nothing has run here yet
     rooflines: dict[str, Roofline] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
 
+
+BUSY = 0.25  # others' load a CPU: a parallel call then waits for a descheduled thread, often whole time slices
 
 RUN = pytest.StashKey[Run]()
 
@@ -121,3 +125,6 @@ def pytest_terminal_summary(terminalreporter, config):
     generation = f" ({run.machine.generation})" if run.machine.generation else ""
     console.print()
     console.print(render(run.results, run.rooflines, f"{run.machine.cpu}{generation}"))
+    if run.load > BUSY * run.machine.num_cpus:
+        load = f"load {run.load:.1f} on {run.machine.num_cpus} CPUs before the run"
+        console.print(f"the machine was busy ({load}): times on several threads mislead\n", style="bold yellow")
