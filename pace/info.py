@@ -1,0 +1,136 @@
+"""What runs here and how fast it could: the data behind `pace info`, and its rendering."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from . import isa, kernels
+from .host import Host
+from .host import describe as describe_host
+from .roofline import Roofline, measure
+
+_PACKAGES = ("pace", "numpy", "ml_dtypes", "torch")
+
+
+@dataclass(frozen=True)
+class Info:
+    host: Host
+    rung: str
+    missing: dict[str, list[str]]  # what this host or build lacks, by each higher rung that it cannot run
+    operations: dict[str, str]  # the rung that each operation runs on
+    num_threads: int
+    versions: dict[str, str | None]  # None: not installed
+    roofline: Roofline | None
+
+
+def collect(*, roofline: bool = False) -> Info:
+    """Everything about this host and build; `roofline=True` measures the machine as well (half a second)."""
+    return Info(
+        host=describe_host(),
+        rung=isa.RUNG,
+        missing={rung: isa.missing(rung) for rung in isa.RUNGS if rung not in isa.AVAILABLE},
+        operations={name: _rung_of(name) for name in kernels.OPERATIONS},
+        num_threads=isa.get_num_threads(),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        roofline=measure() if roofline else None,
+    )
+
+
+def render(info: Info) -> RenderableType:
+    """The report, for a terminal."""
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for name, value in _rows(info):
+        table.add_row(name, value)
+    return Group(Text(), table, Text(), _operations(info), Text())
+
+
+def report(*, roofline: bool = False) -> RenderableType:
+    return render(collect(roofline=roofline))
+
+
+def _rows(info: Info) -> list[tuple[str, RenderableType]]:
+    host = info.host
+    rows: list[tuple[str, RenderableType]] = [
+        ("CPU", f"{host.cpu}  [dim]({host.generation})[/]" if host.generation else host.cpu),
+        ("cores", _cores(host)),
+        ("caches", _caches(host)),
+        ("memory", f"{_size(host.memory_bytes)}, {_size(host.memory_available_bytes)} available"),
+        ("rung", _rung(info)),
+        ("threads", str(info.num_threads)),
+        ("versions", "  ".join(f"{name} {found or '[dim]not installed[/]'}" for name, found in info.versions.items())),
+    ]
+    return [*rows, ("roofline", describe_roofline(info.roofline))] if info.roofline else rows
+
+
+def describe_roofline(roofline: Roofline) -> str:
+    """ "50.9 GB/s read · 227 GFLOP/s fp32 · 455 GFLOP/s bf16 (avx512, 2 threads)" """
+    threads = _count(roofline.num_threads, "thread")
+    how = "as NumPy reaches it" if roofline.rung == "reference" else f"{roofline.rung}, {threads}"
+    return (
+        f"{roofline.read_bytes_per_second / 1e9:.1f} GB/s read · {roofline.fma_flops / 1e9:.0f} GFLOP/s fp32 · "
+        f"{roofline.bf16_flops / 1e9:.0f} GFLOP/s bf16 [dim]({how})[/]"
+    )
+
+
+def _cores(host: Host) -> str:
+    parts = [
+        f"{host.num_cpus} CPUs usable",
+        _count(host.threads_per_core, "thread", " a core"),
+        _count(host.sockets, "socket"),
+        _count(host.numa_nodes, "NUMA node"),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _caches(host: Host) -> str:
+    total = f" [dim]({_size(host.l3_total_bytes)} in all)[/]" if host.l3_total_bytes != host.l3_bytes else ""
+    return f"L1d {_size(host.l1d_bytes)} · L2 {_size(host.l2_bytes)} · L3 {_size(host.l3_bytes)}{total}"
+
+
+def _rung(info: Info) -> str:
+    lines = [f"[bold green]{info.rung}[/]"]
+    lines += [f"[yellow]not {rung}[/]: this host lacks {', '.join(what)}" for rung, what in info.missing.items()]
+    higher = [rung for rung in isa.AVAILABLE if isa.RUNGS.index(rung) > isa.RUNGS.index(info.rung)]
+    if higher:
+        lines.append(f"[yellow]lowered by PACE_ISA[/]: {higher[-1]} is available")
+    return "\n".join(lines)
+
+
+def _operations(info: Info) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2), pad_edge=False)
+    table.add_column("operation", style="cyan")
+    table.add_column("rung")
+    for name, rung in info.operations.items():
+        table.add_row(name, f"[yellow]{rung}[/]" if rung == "reference" else rung)
+    return table
+
+
+def _rung_of(name: str) -> str:
+    return "reference" if getattr(kernels, name).__module__.startswith("pace.reference") else isa.RUNG
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _count(count: int | None, noun: str, suffix: str = "") -> str:
+    return "" if count is None else f"{count} {noun}{'' if count == 1 else 's'}{suffix}"
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "?"
+    for unit, shift in (("GiB", 30), ("MiB", 20)):
+        if num_bytes >= 1 << shift:
+            return f"{num_bytes / (1 << shift):.4g} {unit}"
+    return f"{num_bytes >> 10} KiB"
