@@ -14,6 +14,7 @@ Operation = Callable[..., Any]
 
 OPERATIONS = (
     "rms_norm",
+    "sample",
 )  # fmt: skip
 
 
@@ -30,3 +31,4 @@ def native(name: str) -> Operation:
 _form = reference if isa.RUNG == "reference" else native
 
 rms_norm = _form("rms_norm")
+sample = _form("sample")
