@@ -1,11 +1,11 @@
 """Sampling: one token a row from a model's logits, and the log-probabilities that are asked for."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .arrays import Array, Float, check_rows, check_vector
+from .arrays import Float, check_rows, check_vector
 
 SAMPLING_DTYPE = np.dtype(
     [
@@ -19,6 +19,7 @@ SAMPLING_DTYPE = np.dtype(
     ]
 )
 
+Array = NDArray[Any]
 Int = NDArray[np.int32]
 
 
@@ -56,19 +57,19 @@ def sample(
 ) -> Sampled:
     """Draw one token for each row, by the row's own parameters.
 
-    logits: (rows, vocab) float32, not modified. params: (rows,) SAMPLING_DTYPE. uniforms: (rows,) float64 in [0, 1), one
-    draw a row; not needed, and not read, where the temperature is 0.
+    logits: (rows, vocab) float32, not modified. params: (rows,) SAMPLING_DTYPE. uniforms: (rows,) float64 in [0, 1),
+    one a row; not needed where every temperature is 0.
 
     In this order, which is that of transformers' processors and warpers (for the penalties, of vLLM's):
 
     1. bias         z = x + bias
-    2. repetition   z = z / penalty where z > 0, z · penalty elsewhere; for every token of the history (Keskar et al., 2019)
+    2. repetition   z = z / penalty where z > 0, z · penalty elsewhere, for all of the history (Keskar et al., 2019)
     3. frequency    z = z - penalty · count
     4. presence     z = z - penalty where count > 0
     5. temperature  d = (z - max z) / temperature, weight w = e^d. At 0 the token is argmax z
-    6. top-k        keeps exactly the k largest z
-    7. top-p        keeps the fewest tokens, the most probable first, whose mass reaches top_p of what top-k kept; at
-                    least one (Holtzman et al., 2019)
+    6. top-k        keeps exactly the k largest z (Fan et al., 2018)
+    7. top-p        keeps the fewest tokens, the largest z first, whose mass reaches top_p of what top-k kept; at least
+                    one (Holtzman et al., 2019)
     8. min-p        keeps the tokens with w ≥ min_p (the largest w is 1), after top-p (Nguyen et al., 2024)
     9. draw         the first token, in the order of ids, at which the kept mass so far exceeds uniform · (kept mass)
 
@@ -82,13 +83,13 @@ def sample(
     num_logprobs: None for no log-probabilities; else the row's are those of its unmodified logits, log softmax(x) with
     the sum in float64: of the drawn token, with its rank (by logit, then by id), and of the num_logprobs largest.
 
-    TypeError for another dtype. ValueError for another shape, rows that are not contiguous, ids outside of the vocabulary,
-    and numbers out of range: temperature, the penalties and bias must be finite (bias may be -inf), temperature and counts
-    at least 0, repetition_penalty above 0, top_p and min_p within [0, 1], num_logprobs within [0, vocab]. That the ids
-    of a row are distinct is not checked.
+    TypeError for another dtype. ValueError for another shape, rows that are not contiguous, ids outside of the
+    vocabulary, and numbers out of range: temperature, the penalties and bias must be finite (bias may be -inf),
+    temperature and counts at least 0, repetition_penalty above 0, top_p and min_p within [0, 1], num_logprobs within
+    [0, vocab]. That the ids of a row are distinct is not checked.
     """
     check(logits, params, uniforms, history, bias, num_logprobs)
-    rows, vocab = logits.shape
+    rows = len(logits)
     n = 0 if num_logprobs is None else num_logprobs
     result = Sampled(
         np.full(rows, -1, np.int32),
@@ -124,7 +125,9 @@ def part(ragged: History | Bias | None, row: int) -> tuple[Array, Array] | None:
     return ragged[0][span], ragged[1][span]
 
 
-def penalised(x: Array, params: np.void, history: tuple[Array, Array] | None, bias: tuple[Array, Array] | None) -> Float:
+def penalised(
+    x: Array, params: np.void, history: tuple[Array, Array] | None, bias: tuple[Array, Array] | None
+) -> Float:
     z: Float = x.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         if bias is not None:
@@ -165,7 +168,8 @@ def draw(z: Float, params: np.void, uniform: float) -> int:
 def log_softmax(x: Array) -> Float:
     d = x - x.max()
     mass = np.exp(d.astype(np.float64)).sum()
-    return (d - np.log(mass)).astype(np.float32)
+    logprobs: Float = (d - np.log(mass)).astype(np.float32)
+    return logprobs
 
 
 def check(
@@ -176,7 +180,7 @@ def check(
     bias: Bias | None,
     num_logprobs: int | None,
 ) -> None:
-    """Raise what `sample` raises. The native form tests for the same at its own speed, and comes here for the message."""
+    """Raise what `sample` raises; the native form tests for the same, faster, and comes here for the message."""
     check_array(logits, "logits", np.float32)
     check_rows(logits, "logits")
     rows, vocab = logits.shape
