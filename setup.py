@@ -29,6 +29,8 @@ RUNGS = {"avx2": AVX2, "avx512": AVX2 + AVX512}
 # One arithmetic everywhere: a product and a sum are fused where the source says so and nowhere else, or the same
 # inline function could round differently in two places that inline it.
 KERNEL_FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# A loop stays a loop: gcc would call memset and memcpy, and a worker is machine code that calls nothing.
+KERNEL_FLAGS.append("-fno-tree-loop-distribute-patterns")
 if os.environ.get("PACE_WERROR") == "1":
     KERNEL_FLAGS.append("-Werror")
 if os.environ.get("PACE_SANITIZE") == "1":

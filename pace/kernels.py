@@ -23,8 +23,11 @@ OPERATIONS = (
     "pack_linear",
     "rms_norm",
     "rope",
+    "sample",
     "store_kv",
 )
+    "sample",
+)  # fmt: skip
 
 
 def reference(name: str) -> Operation:
@@ -49,4 +52,5 @@ linear = _form("linear")
 pack_linear = _form("pack_linear")
 rms_norm = _form("rms_norm")
 rope = _form("rope")
+sample = _form("sample")
 store_kv = _form("store_kv")

@@ -11,8 +11,12 @@ typedef struct {
 typedef struct {
     __m256i half[2];
 } pair_epi;
+typedef struct {
+    __m256d half[2];
+} pair_pd;
 
 #define __m512   pair_ps
+#define __m512d  pair_pd
 #define __m512i  pair_epi
 #define __m512bh pair_epi
 #define __m256bh __m256i
@@ -212,6 +216,44 @@ INLINE float pair_reduce_max_ps(pair_ps a) {
 }
 #define _mm512_reduce_add_ps pair_reduce_add_ps
 #define _mm512_reduce_max_ps pair_reduce_max_ps
+
+// Float64: sums of many small float32.
+
+INLINE pair_pd pair_setzero_pd(void) {
+    return (pair_pd){{_mm256_setzero_pd(), _mm256_setzero_pd()}};
+}
+INLINE pair_pd pair_add_pd(pair_pd a, pair_pd b) {
+    return (pair_pd){{_mm256_add_pd(a.half[0], b.half[0]), _mm256_add_pd(a.half[1], b.half[1])}};
+}
+INLINE pair_pd pair_cvtps_pd(__m256 a) {
+    return (pair_pd){
+        {_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))}};
+}
+INLINE double pair_reduce_add_pd(pair_pd a) {
+    const __m256d x = _mm256_add_pd(a.half[0], a.half[1]);
+    const __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
+}
+#define _mm512_setzero_pd            pair_setzero_pd
+#define _mm512_add_pd                pair_add_pd
+#define _mm512_cvtps_pd              pair_cvtps_pd
+#define _mm512_reduce_add_pd         pair_reduce_add_pd
+#define _mm512_castps512_ps256(a)    ((a).half[0])
+#define _mm512_extractf32x8_ps(a, i) ((a).half[i])
+
+// The lanes of the mask moved to the front, zeros behind them, through memory: for masks that are rarely
+// full.
+INLINE pair_epi pair_maskz_compress_epi32(__mmask16 m, pair_epi a) {
+    uint32_t from[16], to[16] = {0};
+    pair_storeu_si512(from, a);
+    for (unsigned left = m, n = 0; left; left &= left - 1) to[n++] = from[__builtin_ctz(left)];
+    return pair_loadu_si512(to);
+}
+INLINE pair_ps pair_maskz_compress_ps(__mmask16 m, pair_ps a) {
+    return pair_castsi512_ps(pair_maskz_compress_epi32(m, pair_castps_si512(a)));
+}
+#define _mm512_maskz_compress_epi32 pair_maskz_compress_epi32
+#define _mm512_maskz_compress_ps    pair_maskz_compress_ps
 
 // Integers and conversions.
 
