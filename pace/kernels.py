@@ -26,8 +26,6 @@ OPERATIONS = (
     "sample",
     "store_kv",
 )
-    "sample",
-)  # fmt: skip
 
 
 def reference(name: str) -> Operation:

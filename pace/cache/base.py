@@ -57,7 +57,7 @@ class KVCache(ABC):
     """Keys and values of many sequences.
 
     A sequence is a number from allocate to free. append makes room for new tokens in all layers at once, or raises
-    CacheFull and changes nothing; then attend, once a layer, writes their keys and values and reads all of the sequence's.
+    CacheFull and changes nothing; then attend, once a layer, writes their keys and values and reads all that there are.
     """
 
     @abstractmethod

@@ -20,7 +20,7 @@ BLOCK_TOKENS = (256, 128, 64, 32)
 
 
 def block_tokens_for(shape: CacheShape, l2_bytes: int) -> int:
-    """The largest block whose keys and values, of the one head that a work item of attend reads, fit a quarter of L2."""
+    """The largest block whose keys and values, of the one head that a work item reads, fit a quarter of L2."""
     per_token = 2 * shape.head_dim * shape.dtype.itemsize
     return next((tokens for tokens in BLOCK_TOKENS if tokens * per_token <= l2_bytes // 4), BLOCK_TOKENS[-1])
 
@@ -57,8 +57,8 @@ class SlabPool(KVCache):
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> Placement:
         held = [self._sequences[sequence] for sequence in sequences]
         lengths = [sequence.length + count for sequence, count in zip(held, counts, strict=True)]
-        wanted = [self._blocks_of(length) - len(sequence.blocks) for sequence, length in zip(held, lengths, strict=True)]
-        self._require(sum(max(count, 0) for count in wanted))
+        wanted = [self._blocks_of(length) - len(each.blocks) for each, length in zip(held, lengths, strict=True)]
+        self._require(sum(wanted))
         for sequence, length, more in zip(held, lengths, wanted, strict=True):
             sequence.blocks += [self._free.pop() for _ in range(more)]
             sequence.length = length

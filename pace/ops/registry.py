@@ -1,9 +1,9 @@
 """Which backend serves which operator, in which dtypes.
 
-An operator is made of kernel functions: `norm` of rms_norm, add_rms_norm and so on (OPERATORS). A backend registers, for
-an operator, functions of those names with the contracts of pace.reference, and the dtypes they take. `resolve` gives the
-functions of the backend asked for, or of the next in FALLBACK for an operator or dtype that it does not serve; a
-fallback is logged once.
+An operator is made of kernel functions: `norm` of rms_norm, add_rms_norm and so on (OPERATORS). A backend registers,
+for an operator, functions of those names with the contracts of pace.reference, and the dtypes they take. `resolve`
+gives the functions of the backend asked for, or of the next in FALLBACK for an operator or dtype that it does not
+serve; a fallback is logged once.
 """
 
 import logging

@@ -61,7 +61,8 @@ def pack_linear(
     Rows 16·i … 16·i+15 go to panel `first_panel + i · panel_step` of `into`, rounded to its dtype; several weights are
     packed into one by calling once for each (rows that come after must start a panel of their own).
 
-    ValueError for a K other than into's, or more panels than it has; TypeError for another dtype.
+    ValueError for a K other than into's, more panels than it has, or a weight that holds NaN (packed all the
+    same); TypeError for another dtype.
     """
     check_float(weight, "weight")
     check_rows(weight, "weight")
@@ -82,6 +83,8 @@ def pack_linear(
     else:
         panels = padded[:, :columns].reshape(count, PANEL, columns).transpose(0, 2, 1)
     into.panels[first_panel : first_panel + count * panel_step : panel_step] = panels
+    if np.isnan(f32(weight)).any():
+        raise ValueError("weight holds NaN")
     return into
 
 

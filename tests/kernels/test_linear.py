@@ -94,10 +94,10 @@ def test_a_row_is_the_same_in_any_batch_on_any_number_of_threads(native, kind):
 
 def test_nan_stays_in_its_row_and_column(native):
     _, x, _ = case(6, 3, 20, 1, F32)
-    plain = np.ones((40, 20), np.float32)
-    plain[33, 3] = np.nan
+    weight = pack_linear(np.ones((40, 20), np.float32))
+    weight.panels[2, 3, 1] = np.nan  # row 33
     x[1, 0] = np.inf
-    result = native("linear")(x, pack_linear(plain))
+    result = native("linear")(x, weight)
     assert np.isnan(result[:, 33]).all()
     assert np.isinf(np.delete(result[1], 33)).all()
     assert np.isfinite(np.delete(result[[0, 2]], 33, axis=1)).all()

@@ -37,6 +37,25 @@ def test_several_weights_in_one(native):
     assert np.array_equal(unpack_linear(packed), np.stack([gate, up]).astype(np.float32))
 
 
+@pytest.mark.parametrize("into_kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_nan_anywhere_is_refused_and_infinity_is_not(native, kind, into_kind):
+    for place in [(0, 0), (19, 34), (7, 33)]:
+        weight = np.ones((20, 35), kind)
+        weight[0, 1] = weight[3, 32] = np.inf
+        for form in (native("pack_linear"), pack_linear):
+            form(weight, PackedLinear.empty(20, 35, into_kind))
+        weight[place] = np.nan
+        assert_same_refusal(
+            native("pack_linear"),
+            pack_linear,
+            weight,
+            PackedLinear.empty(20, 35, into_kind),
+            error=ValueError,
+            match="weight holds NaN",
+        )
+
+
 def test_same_refusals(native):
     twins = native("pack_linear"), pack_linear
     weight = np.zeros((20, 8), np.float32)

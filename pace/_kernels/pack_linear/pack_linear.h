@@ -10,6 +10,7 @@ struct pack_linear_args {
     int panel_kind;    // of the panels
     uint32_t *panels;  // where the first 16 rows go
     size_t panel_step; // words from there to where the next 16 go
+    int *nan_found;    // set to 1 where a weight is NaN
 };
 
 // Items are panels.

@@ -18,6 +18,7 @@ cdef extern from "pack_linear/pack_linear.h":
         int panel_kind
         unsigned *panels
         size_t panel_step
+        int *nan_found
     void pack_linear_avx2(const void *args, size_t begin, size_t end, void *scratch) noexcept nogil
     void pack_linear_avx512(const void *args, size_t begin, size_t end, void *scratch) noexcept nogil
 
@@ -47,5 +48,9 @@ def pack_linear(cnp.ndarray weight not None, into=None, Py_ssize_t first_panel=0
     cdef size_t panel_words = 16 * ((columns + 1) // 2 if args.panel_kind == BF16 else columns)
     args.panels = <unsigned *>cnp.PyArray_DATA(panels) + first_panel * panel_words
     args.panel_step = panel_step * panel_words
+    cdef int nan_found = 0
+    args.nan_found = &nan_found
     run(WORKERS, &args, count, 1, 0)
+    if nan_found:
+        raise ValueError("weight holds NaN")
     return into

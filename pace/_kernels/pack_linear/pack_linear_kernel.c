@@ -41,10 +41,19 @@ INLINE void transpose_16x16(__m512i r[16]) {
     }
 }
 
+INLINE bool any_nan(enum kind panel_kind, __m512i words) {
+    __m512 odd = _mm512_castsi512_ps(words);
+    if (panel_kind == F32) return _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_epi32(words, _mm512_set1_epi32((int)0xffff0000)));
+    return _mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q);
+}
+
 INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind kind, enum kind panel_kind) {
     const size_t words = panel_kind == BF16 ? (a->columns + 1) / 2 : a->columns;
     const size_t rows = a->rows - panel * 16 < 16 ? a->rows - panel * 16 : 16;
     uint32_t *out = a->panels + panel * a->panel_step;
+    bool nan = false;
     for (size_t word = 0; word < words; word += 16) {
         __m512i block[16];
         for (size_t r = 0; r < 16; r++) {
@@ -56,6 +65,7 @@ INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind
         const size_t count = words - word < 16 ? words - word : 16;
         for (size_t i = 0; i < count; i++) _mm512_storeu_si512(out + (word + i) * 16, block[i]);
     }
+    if (nan) *a->nan_found = 1;
 }
 
 void RUNG_NAME(pack_linear)(const void *args, size_t begin, size_t end, void *scratch) {
