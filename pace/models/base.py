@@ -1,0 +1,26 @@
+"""What the engine knows of a model."""
+
+from abc import ABC, abstractmethod
+
+from pace.cache import CacheShape, KVCache, Placement
+from pace.ops.registry import Dtype
+from pace.reference.arrays import Array, Float
+
+Ints = Array
+
+
+class Model(ABC):
+    dtype: Dtype
+    cache_shape: CacheShape
+    vocabulary: int
+    max_positions: int
+    weight_bytes: int  # all that is kept
+    bytes_per_step: int  # weights that one decode step reads
+
+    @abstractmethod
+    def forward(self, tokens: Ints, placement: Placement, cache: KVCache) -> Array:
+        """Hidden states of new tokens, (tokens, hidden): those of all sequences end to end, as `placement` says."""
+
+    @abstractmethod
+    def logits(self, hidden: Array) -> Float:
+        """(rows, vocabulary) float32, for the rows asked for."""
