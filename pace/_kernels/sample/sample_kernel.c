@@ -146,12 +146,10 @@ INLINE double weigh(const float *z, size_t n, float largest, float temperature, 
     return total(sum);
 }
 
-// Writes whole vectors: the list has room for one more than the vocabulary.
 INLINE void append(struct list *list, __mmask16 which, __m512 z, __m512 w, __m512i ids) {
-    _mm512_storeu_ps(list->z + list->n, _mm512_maskz_compress_ps(which, z));
-    _mm512_storeu_ps(list->w + list->n, _mm512_maskz_compress_ps(which, w));
-    _mm512_storeu_si512(list->ids + list->n, _mm512_maskz_compress_epi32(which, ids));
-    list->n += count(which);
+    compress_ps(list->z + list->n, which, z);
+    compress_ps(list->w + list->n, which, w);
+    list->n += compress_epi32(list->ids + list->n, which, ids);
 }
 
 // The tokens whose value (z or w) is at least `least`. Without w, the list's is left at 0.

@@ -241,19 +241,17 @@ INLINE double pair_reduce_add_pd(pair_pd a) {
 #define _mm512_castps512_ps256(a)    ((a).half[0])
 #define _mm512_extractf32x8_ps(a, i) ((a).half[i])
 
-// The lanes of the mask moved to the front, zeros behind them, through memory: for masks that are rarely
-// full.
-INLINE pair_epi pair_maskz_compress_epi32(__mmask16 m, pair_epi a) {
-    uint32_t from[16], to[16] = {0};
-    pair_storeu_si512(from, a);
-    for (unsigned left = m, n = 0; left; left &= left - 1) to[n++] = from[__builtin_ctz(left)];
-    return pair_loadu_si512(to);
+// Lane by lane: AVX2 has no compress, and to read the lanes back as a vector would stall.
+typedef uint32_t __attribute__((may_alias)) any32;
+INLINE size_t compress_epi32(void *p, __mmask16 m, pair_epi a) {
+    any32 lane[16], *to = p;
+    pair_storeu_si512(lane, a);
+    for (unsigned left = m; left; left &= left - 1) *to++ = lane[__builtin_ctz(left)];
+    return (size_t)(to - (any32 *)p);
 }
-INLINE pair_ps pair_maskz_compress_ps(__mmask16 m, pair_ps a) {
-    return pair_castsi512_ps(pair_maskz_compress_epi32(m, pair_castps_si512(a)));
+INLINE size_t compress_ps(void *p, __mmask16 m, pair_ps a) {
+    return compress_epi32(p, m, pair_castps_si512(a));
 }
-#define _mm512_maskz_compress_epi32 pair_maskz_compress_epi32
-#define _mm512_maskz_compress_ps    pair_maskz_compress_ps
 
 // Integers and conversions.
 
