@@ -1,0 +1,5 @@
+"""What can be wrong with what a user brought."""
+
+
+class ModelError(ValueError):
+    """A model that is not there or cannot be used. The message is one line and says what to do."""

@@ -1,0 +1,1 @@
+"""Models: checkpoints on disk, and the architectures that run them."""
