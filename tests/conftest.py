@@ -1,6 +1,5 @@
 import os
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 # The rung is a fixture: it is set once for all examples of a test, which is what is meant.

@@ -41,7 +41,7 @@ VDPBF16PS = "_ZN8BX_CPU_C25VDPBF16PS_MASK_VpsHdqWdqREP15bxInstruction_c"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Fault(RuntimeError):
+class Fault(RuntimeError):  # noqa: N818 (the processor's own word)
     """What the emulated CPU raised instead of finishing a call."""
 
 
@@ -85,7 +85,7 @@ def _address(function) -> int:
 
 
 class _HostMemory:
-    """Asks the kernel whether a page of this process may be read or written, by having it copy a byte through a pipe."""
+    """Whether a page of this process may be read or written: the kernel is asked to copy a byte of it by a pipe."""
 
     def __init__(self):
         self._read_end, self._write_end = os.pipe()
@@ -191,7 +191,7 @@ class Cpu:
         return table
 
     def _on_exception(self, session, _, vector, error):
-        """Called before the exception is delivered. A page fault that can be served goes on to RETRY, all else to HLT."""
+        """Before the exception is delivered: to RETRY for a page fault that can be served, to HLT for all else."""
         if self._fault:  # a second one, while delivering the first
             session.stop()
         elif vector != PAGE_FAULT:
