@@ -30,7 +30,7 @@ sanitize: $(VENV)/.dev  ## the kernels' tests under the address and undefined-be
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(abspath $(BIN))/python -m pytest tests/kernels
+		$(abspath $(BIN))/python -m pytest --capture=sys tests/kernels
 
 test-slow: $(VENV)/.test  ## big shapes and long runs
 	$(BIN)/python -m pytest -m slow

@@ -40,7 +40,7 @@ LINK_FLAGS = ["-fopenmp"]
 BUILD = Path("build")
 if os.environ.get("PACE_SANITIZE") == "1":
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    KERNEL_FLAGS += ["-g", "-fno-omit-frame-pointer", *sanitizers]
+    KERNEL_FLAGS += ["-g", "-fno-omit-frame-pointer", "-fno-wrapv", *sanitizers]
     BINDING_FLAGS += sanitizers
     LINK_FLAGS += sanitizers
     BUILD /= "sanitized"
@@ -120,7 +120,8 @@ class BuildRooms(build_ext):
         room = KERNELS.joinpath(*ext.name.split(".")[2:-1])
         kernel = room / f"{room.name}_kernel.c"
         if kernel.exists():
-            ext.extra_objects = [self.object_of(kernel, rung) for rung in RUNGS] + list(ext.extra_objects)
+            ext.extra_objects = [self.object_of(kernel, rung) for rung in RUNGS]
+            ext.depends += ext.extra_objects
         super().build_extension(ext)
 
     def object_of(self, kernel: Path, rung: str) -> str:

@@ -6,8 +6,6 @@ import pytest
 
 from pace import isa
 
-NATIVE = pytest.mark.skipif(isa.runtime is None, reason="the native kernels: this is a build without them")
-
 
 class Host:
     """A CPU with the features of one rung, under an operating system that saves the registers of another."""
@@ -78,10 +76,3 @@ def test_pace_isa_is_obeyed_at_import():
 def test_the_reference_is_one_line_of_index():
     result = run("from pace import kernels; print(kernels.rms_norm.__module__)", PACE_ISA="reference")
     assert result.stdout.strip() == "pace.reference.rms_norm"
-
-
-@NATIVE
-def test_threads_are_at_least_one():
-    for refuses in (isa.set_num_threads, isa.runtime.set_num_threads):
-        with pytest.raises(ValueError, match="num_threads is 0; it must be at least 1"):
-            refuses(0)
