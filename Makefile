@@ -26,7 +26,7 @@ bench: $(VENV)/.test  ## every kernel against its twin, then both timed beside t
 
 SANITIZED := build/sanitized/lib
 sanitize: $(VENV)/.dev  ## the kernels' tests under the address and undefined-behaviour sanitizers
-	PACE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib $(SANITIZED)
+	PACE_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -46,7 +46,7 @@ def setup_py():
 @cache
 def object_of(room, rung):
     """The object that the build has left, or one compiled here with the build's flags."""
-    compiler = [*shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC")), "-fPIC"]
+    compiler = shlex.split(" ".join(sysconfig.get_config_vars("CC", "CFLAGS", "CCSHARED")))
     before = Path.cwd()
     os.chdir(ROOT)
     try:
