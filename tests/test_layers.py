@@ -11,6 +11,7 @@ PACE = Path(__file__).parent.parent / "pace"
 ORDER = [
     ("__main__",),
     ("cli",),
+    ("info",),
     ("__init__",),
     ("server", "llm"),
     ("engine",),
@@ -20,8 +21,10 @@ ORDER = [
     ("cache",),
     ("ops",),
     ("kernels",),
-    ("isa",),
+    ("roofline",),
+    ("isa", "host"),
     ("_kernels", "reference"),
+    ("errors",),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 MODULES = sorted(PACE.rglob("*.py"))

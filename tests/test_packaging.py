@@ -29,8 +29,8 @@ def tree(tmp_path):
     copy = tmp_path / "tree"
     leave = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "pace", copy / "pace", ignore=leave)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.in"), ROOT / "README.md", ROOT / "LICENSE"]:
-        shutil.copy(path, copy)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
     return copy
 
 
