@@ -24,6 +24,14 @@ check: $(VENV)/.dev  ## format, lint, types, then the suite
 bench: $(VENV)/.test  ## every kernel against its twin, then both timed beside the machine and torch
 	$(BIN)/python -m pytest --benchmark
 
+SANITIZED := build/sanitized/lib
+sanitize: $(VENV)/.dev  ## the kernels' tests under the address and undefined-behaviour sanitizers
+	PACE_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest --capture=sys tests/kernels
+
 test-slow: $(VENV)/.test  ## big shapes and long runs
 	$(BIN)/python -m pytest -m slow
 

@@ -10,12 +10,14 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 KERNELS = Path("pace/_kernels")
@@ -29,18 +31,27 @@ RUNGS = {"avx2": AVX2, "avx512": AVX2 + AVX512}
 # One arithmetic everywhere: a product and a sum are fused where the source says so and nowhere else, or the same
 # inline function could round differently in two places that inline it.
 KERNEL_FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# A loop stays a loop: gcc would call memset and memcpy, and a worker is machine code that calls nothing.
-KERNEL_FLAGS.append("-fno-tree-loop-distribute-patterns")
+# A worker is machine code that calls nothing: no stack protector, and a loop stays a loop where gcc would call memset.
+KERNEL_FLAGS += ["-fno-stack-protector", "-fno-tree-loop-distribute-patterns"]
 if os.environ.get("PACE_WERROR") == "1":
     KERNEL_FLAGS.append("-Werror")
-if os.environ.get("PACE_SANITIZE") == "1":
-    KERNEL_FLAGS += ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-
 BINDING_FLAGS = ["-O2", "-fvisibility=hidden", "-fopenmp", "-Wno-unused-function"]
-LINK_FLAGS = ["-fopenmp"] + (["-fsanitize=address,undefined"] if os.environ.get("PACE_SANITIZE") == "1" else [])
+LINK_FLAGS = ["-fopenmp"]
+BUILD = Path("build")
+if os.environ.get("PACE_SANITIZE") == "1":
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    KERNEL_FLAGS += ["-g", "-fno-omit-frame-pointer", "-fno-wrapv", *sanitizers]
+    BINDING_FLAGS += sanitizers
+    LINK_FLAGS += sanitizers
+    BUILD /= "sanitized"
 
-
-DIRECTIVES = {"language_level": 3, "boundscheck": False, "wraparound": False, "embedsignature": True}
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "binding": True,  # so that inspect.signature sees the parameters
+    "embedsignature": True,
+}
 
 
 def native_wanted() -> bool:
@@ -79,37 +90,43 @@ def extensions() -> list[Extension]:
     return found
 
 
+def compile_rung(kernel: Path, rung: str, compiler: list[str], *, force: bool = False) -> Path:
+    """Compile one kernel for one rung into build/rungs/RUNG/, unless it is there and newer than its sources."""
+    target = BUILD / "rungs" / rung / kernel.with_suffix(".o").name
+    newest = max(path.stat().st_mtime for path in [kernel, Path(__file__), *KERNELS.rglob("*.h")])
+    if target.exists() and target.stat().st_mtime > newest and not force:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    defines = [f"-DRUNG={rung}", f"-DRUNG_{rung.upper()}=1"]
+    flags = [*KERNEL_FLAGS, *RUNGS[rung], *defines, f"-I{KERNELS}"]
+    subprocess.run([*compiler, *flags, "-c", str(kernel), "-o", str(target)], check=True)
+    return target
+
+
 class BuildRooms(build_ext):
     """Adds to each room's extension the objects of its kernel, one per rung."""
 
-    def build_extensions(self):
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = str(BUILD / "objects")
         self.parallel = self.parallel or os.cpu_count()
-        super().build_extensions()
 
     def build_extension(self, ext):
         from Cython.Build import cythonize
 
-        ext.sources = cythonize(ext, compiler_directives=DIRECTIVES, build_dir="build/cython", quiet=True)[0].sources
+        (cythonized,) = cythonize(ext, compiler_directives=DIRECTIVES, build_dir=str(BUILD / "cython"), quiet=True)
+        ext.sources = cythonized.sources
         room = KERNELS.joinpath(*ext.name.split(".")[2:-1])
         kernel = room / f"{room.name}_kernel.c"
         if kernel.exists():
-            ext.extra_objects = [self.compile_rung(kernel, rung) for rung in RUNGS] + list(ext.extra_objects)
+            ext.extra_objects = [self.object_of(kernel, rung) for rung in RUNGS]
         super().build_extension(ext)
 
-    def compile_rung(self, kernel: Path, rung: str) -> str:
-        """Compile one kernel for one rung into build/rungs/RUNG/, unless it is there and newer than its sources."""
-        flavour = "sanitize" if os.environ.get("PACE_SANITIZE") == "1" else "rungs"
-        target = Path("build", flavour, rung, kernel.with_suffix(".o").name)
-        sources = [kernel, Path(__file__), *KERNELS.rglob("*.h")]
-        newest = max(path.stat().st_mtime for path in sources)
-        if target.exists() and target.stat().st_mtime > newest and not self.force:
-            return str(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        defines = [f"-DRUNG={rung}", f"-DRUNG_{rung.upper()}=1"]
-        flags = [*KERNEL_FLAGS, *RUNGS[rung], *defines, f"-I{KERNELS}"]
-        command = [*self.compiler.compiler_so, *flags, "-c", str(kernel), "-o", str(target)]
-        self.spawn(command)
-        return str(target)
+    def object_of(self, kernel: Path, rung: str) -> str:
+        try:
+            return str(compile_rung(kernel, rung, self.compiler.compiler_so, force=self.force))
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{kernel} does not compile for the rung {rung}") from error
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ logger = logging.getLogger("pace")
 RUNGS = ("reference", "avx2", "avx512")
 
 # (leaf, subleaf, register, bit) of CPUID; registers in the order eax, ebx, ecx, edx.
-_FEATURES = {
+# The objects of a rung hold instructions of these features and no others (tests/test_instruction_sets.py).
+FEATURES = {
     "avx2": {
         "FMA": (1, 0, 2, 12),
+        "POPCNT": (1, 0, 2, 23),
         "F16C": (1, 0, 2, 29),
+        "BMI1": (7, 0, 1, 3),
         "AVX2": (7, 0, 1, 5),
         "BMI2": (7, 0, 1, 8),
+        "LZCNT": (0x80000001, 0, 2, 5),
     },
     "avx512": {
         "AVX512F": (7, 0, 1, 16),
@@ -32,7 +36,7 @@ _FEATURES = {
     },
 }
 # What the operating system must save on a context switch (XCR0): ymm, and for AVX-512 also masks and zmm.
-_STATE = {"avx2": 0x06, "avx512": 0xE6}
+STATE = {"avx2": 0x06, "avx512": 0xE6}
 
 
 def _load_runtime() -> ModuleType | None:
@@ -52,11 +56,11 @@ def missing(rung: str) -> list[str]:
     if runtime is None:
         return ["the native kernels (this is a build without them)"]
     lacking = missing("avx2") if rung == "avx512" else []
-    for feature, (leaf, subleaf, register, bit) in _FEATURES[rung].items():
+    for feature, (leaf, subleaf, register, bit) in FEATURES[rung].items():
         registers = runtime.cpuid(leaf, subleaf)
         if registers is None or not registers[register] >> bit & 1:
             lacking.append(feature)
-    if runtime.xcr0() & _STATE[rung] != _STATE[rung]:
+    if runtime.xcr0() & STATE[rung] != STATE[rung]:
         lacking.append(f"the operating system's support for {rung} registers")
     return lacking
 

@@ -1,5 +1,24 @@
+import os
+
 from hypothesis import HealthCheck, settings
 
 # The rung is a fixture: it is set once for all examples of a test, which is what is meant.
 settings.register_profile("pace", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("pace")
+
+EMULATED = os.environ.get("PACE_TEST_EMULATE") == "1"
+
+
+def pytest_configure(config):
+    if EMULATED:
+        from tests.emulator import emulator
+
+        emulator.install(config)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The emulated CPU does about 25 million multiply-adds a second."""
+    if EMULATED:
+        slow = [item for item in items if item.get_closest_marker("native_speed")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

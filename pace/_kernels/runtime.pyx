@@ -33,6 +33,7 @@ cdef extern from *:
 RUNGS = ("avx2", "avx512")  # in the order of enum pace_rung
 cdef int _rung = 0
 cdef object _hook = None
+cdef object _hook_error = None  # what the hook raised, on its way through C
 cdef int _bf16_num = np.dtype(ml_dtypes.bfloat16).num
 cdef object _bf16_dtype = np.dtype(ml_dtypes.bfloat16)
 cdef object _f32_dtype = np.dtype(np.float32)
@@ -71,27 +72,37 @@ def set_num_threads(int num_threads):
 
 
 cdef void _call_hook(pace_worker worker, const void *args, size_t begin, size_t end, void *scratch) noexcept with gil:
-    _hook(<size_t>worker, <size_t>args, begin, end, <size_t>scratch)
+    global _hook_error
+    try:
+        _hook(<size_t>worker, <size_t>args, begin, end, <size_t>scratch)
+    except BaseException as error:
+        _hook_error = error
 
 
 def set_hook(hook):
     """Have `hook(worker, args, begin, end, scratch)`, all addresses and sizes, called in place of every worker.
 
-    For tests that execute a worker's machine code elsewhere (an emulated CPU). None takes it away.
+    For tests that execute a worker's machine code elsewhere (an emulated CPU). None takes it away. What it raises,
+    the kernel's caller gets. Returns the hook that it replaces.
     """
     global _hook
-    _hook = hook
+    previous, _hook = _hook, hook
     if hook is None:
         pace_set_hook(NULL)
     else:
         pace_set_hook(_call_hook)
+    return previous
 
 
 cdef int run(const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes) except -1:
     """The one line where the rung is chosen."""
+    global _hook_error
     cdef int failed
     with nogil:
         failed = pace_run(workers[_rung], args, items, grain, scratch_bytes)
+    if _hook_error is not None:
+        error, _hook_error = _hook_error, None
+        raise error
     if failed:
         raise MemoryError(f"no memory for {scratch_bytes} bytes of kernel scratch a thread")
     return 0

@@ -13,11 +13,6 @@ from pace import isa, kernels
 
 EMULATED = os.environ.get("PACE_TEST_EMULATE") == "1"
 
-if EMULATED:
-    from tests.emulator import emulator
-
-    emulator.install()
-
 
 @pytest.fixture(params=["avx512"] if EMULATED else ["avx2", "avx512"])
 def rung(request):

@@ -83,7 +83,7 @@ def test_reference_equals_torch():
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 40])
+@pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.native_speed), 40])
 def test_bits_do_not_depend_on_batch_chunks_blocks_or_threads(native, kind, head_dim):
     """One prompt whole, in chunks of 7, and a token at a time; in other blocks, among others, on other threads."""
     length = 600
