@@ -60,6 +60,7 @@ INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind
             const void *row = (const char *)a->weight + (panel * 16 + r) * a->weight_stride;
             block[r] =
                 r < rows ? words_of_row(kind, panel_kind, row, word, a->columns) : _mm512_setzero_si512();
+            nan |= any_nan(panel_kind, block[r]);
         }
         transpose_16x16(block);
         const size_t count = words - word < 16 ? words - word : 16;
