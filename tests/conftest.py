@@ -1,5 +1,6 @@
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The rung is a fixture: it is set once for all examples of a test, which is what is meant.
@@ -22,3 +23,11 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("native_speed")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of the one real model of the tests, fetched where it is not there yet. Fails where it cannot be had."""
+    from pace.models.hub import pull
+
+    return pull("smollm2", progress=False)

@@ -129,7 +129,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int
     name = cursor.string()
     shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
     kind, offset = GGMLQuantizationType(cursor.scalar("I")), cursor.scalar("Q")
-    if not shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
+    if not shape or 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
         raise ValueError(f"{name!r} of type {kind.name} has shape {shape}")
     return name, kind, shape, offset
 
@@ -246,6 +246,10 @@ class GGUFCheckpoint(Checkpoint):
         if key is None:
             return None
         num_rows = self.shape(name)[0]
+        if num_rows % (2 * self.config[key]):
+            raise ModelError(
+                f"{self.path}: {name!r} has {num_rows} rows for {self.config[key]} heads: download it again"
+            )
         return np.arange(num_rows).reshape(self.config[key], -1, 2).swapaxes(1, 2).reshape(num_rows)
 
     def release(self, name: str) -> None:
@@ -286,8 +290,11 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         **architecture.constants,
     }
     for key, source in architecture.config.items():
-        if f"{name}.{source}" in metadata:
-            config[key] = metadata[f"{name}.{source}"]
+        if (value := metadata.get(f"{name}.{source}")) is None:
+            continue
+        if not isinstance(value, int | float) or value <= 0:
+            raise ModelError(f"{file.path} says that {source} is {value!r}, which cannot be: download it again")
+        config[key] = value
     for key in ("bos", "eos", "padding"):
         if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{key.removesuffix('ding')}_token_id"] = token

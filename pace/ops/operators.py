@@ -52,14 +52,22 @@ class GatedMLP:
     """activation(gate) · up, and the projection down."""
 
     def __init__(
-        self, config: OperatorConfig, dtype: Dtype, gate_up: PackedLinear, down: PackedLinear, activation: str
+        self,
+        config: OperatorConfig,
+        dtype: Dtype,
+        gate_up: PackedLinear,
+        down: PackedLinear,
+        activation: str,
+        gate_up_bias: Float | None = None,
+        down_bias: Float | None = None,
     ) -> None:
         self._functions = config.resolve("mlp", dtype)
         self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
 
     def __call__(self, x: Array) -> Array:
-        inner = self._functions.gated_mlp(x, self.gate_up, None, self.activation)
-        return self._functions.linear(inner, self.down)  # type: ignore[no-any-return]
+        inner = self._functions.gated_mlp(x, self.gate_up, self.gate_up_bias, self.activation)
+        return self._functions.linear(inner, self.down, self.down_bias)  # type: ignore[no-any-return]
 
 
 class LMHead:

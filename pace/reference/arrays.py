@@ -1,10 +1,12 @@
 """The checks and conversions that the references share. Their messages are the contract for the native bindings."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Float = NDArray[np.float32]
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)

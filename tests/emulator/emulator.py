@@ -41,7 +41,7 @@ VDPBF16PS = "_ZN8BX_CPU_C25VDPBF16PS_MASK_VpsHdqWdqREP15bxInstruction_c"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Fault(RuntimeError):  # noqa: N818 (the processor's own word)
+class Fault(RuntimeError):
     """What the emulated CPU raised instead of finishing a call."""
 
 
