@@ -1,1 +1,51 @@
-"""CPU inference of language models, made for AMD EPYC."""
+"""CPU inference of language models, made for AMD EPYC.
+
+    from pace import LLM, SamplingParams
+
+    llm = LLM("smollm2")
+    print(llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=32))[0].outputs[0].text)
+
+`pace.kernels` are the operations, `pace.reference` their specification, `pace.isa` says what they run on.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.request import CompletionOutput, Logprob, RequestOutput
+    from .engine.sampling_params import SamplingParams
+    from .errors import ModelError
+    from .isa import get_num_threads, set_num_threads
+    from .llm import LLM
+    from .ops import OperatorConfig
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "ModelError",
+    "OperatorConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "get_num_threads",
+    "set_num_threads",
+]
+
+# Imported when first asked for: `from pace import isa` should not load an engine.
+_HOMES = {
+    "LLM": "llm",
+    "CompletionOutput": "engine.request",
+    "Logprob": "engine.request",
+    "ModelError": "errors",
+    "OperatorConfig": "ops",
+    "RequestOutput": "engine.request",
+    "SamplingParams": "engine.sampling_params",
+    "get_num_threads": "isa",
+    "set_num_threads": "isa",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"pace.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pace' has no attribute {name!r}")

@@ -1,1 +1,45 @@
 """Models: checkpoints on disk, and the architectures that run them."""
+
+from importlib import import_module
+
+import numpy as np
+
+from pace.errors import ModelError
+from pace.ops import OperatorConfig
+from pace.ops.registry import Dtype
+from pace.reference.arrays import bfloat16, float32
+
+from .base import Model
+from .checkpoint import Checkpoint, open_checkpoint
+from .config import Config
+from .weights import Weights
+
+__all__ = ["MODELS", "Checkpoint", "Model", "load_model", "open_checkpoint"]
+
+# model_type → the class, in the module of that name.
+MODELS = {"llama": "Llama"}
+
+DTYPES: dict[str, Dtype] = {"bfloat16": bfloat16, "float32": float32}
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: str = "auto", operators: OperatorConfig | None = None, progress: bool = False
+) -> Model:
+    """A checkpoint's model, its weights packed in `dtype`: bfloat16, float32, or auto for the checkpoint's own."""
+    kind = checkpoint.config.get("model_type")
+    if kind not in MODELS:
+        raise ModelError(f"model_type in {checkpoint.path} is {kind!r}; supported are {', '.join(sorted(MODELS))}")
+    architecture = getattr(import_module(f"pace.models.{kind}"), MODELS[kind])
+    with Weights(checkpoint, choose_dtype(dtype, checkpoint), operators or OperatorConfig(), progress) as weights:
+        model: Model = architecture(Config(checkpoint.config), weights)
+    return model
+
+
+def choose_dtype(asked: str, checkpoint: Checkpoint) -> Dtype:
+    """float32 for a float32 checkpoint, bfloat16 for any other, unless one is asked for."""
+    if asked in DTYPES:
+        return DTYPES[asked]
+    if asked != "auto":
+        raise ValueError(f"dtype is {asked!r}; it must be auto, {' or '.join(DTYPES)}")
+    declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return float32 if declared in ("float32", np.float32) else bfloat16

@@ -57,7 +57,7 @@ class RopeParameters:
         frequencies: Float = (1 / np.float32(self.theta) ** exponents).astype(np.float32)
         match self.kind:
             case "linear":
-                return frequencies / np.float32(self.settings["factor"])
+                frequencies /= np.float32(self.settings["factor"])
             case "llama3":
                 return self._llama3(frequencies)
         return frequencies
@@ -68,9 +68,10 @@ class RopeParameters:
         low, high = self.settings["low_freq_factor"], self.settings["high_freq_factor"]
         turns = np.float32(original) / (np.float32(2 * math.pi) / frequencies)  # within the original context
         keep = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
-        return ((1 - keep) * frequencies / np.float32(factor) + keep * frequencies).astype(np.float32)
+        blended: Float = (1 - keep) * frequencies / np.float32(factor) + keep * frequencies
+        return blended.astype(np.float32)
 
     def tables(self, rotary_dim: int, max_positions: int) -> tuple[Float, Float]:
         """cos and sin of every position, (max_positions, rotary_dim / 2). In float32 throughout, as transformers'."""
-        angles = np.arange(max_positions, dtype=np.float32)[:, None] * self.frequencies(rotary_dim)
+        angles: Float = np.arange(max_positions, dtype=np.float32)[:, None] * self.frequencies(rotary_dim)
         return np.cos(angles), np.sin(angles)

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al., 2023; Grattafiori et al., 2024) and what shares its architecture: SmolLM2, DeepSeek-R1-Distill."""
+"""Llama (Touvron et al., 2023; Grattafiori et al., 2024) and its kin: SmolLM2, DeepSeek-R1-Distill."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ def linear(
     activation: str | None = None,
     multiply: Array | None = None,
     residual: Array | None = None,
-    out_dtype: DTypeLike = None,
+    out_dtype: DTypeLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """y = activation(x · weightᵀ + bias) · multiply + residual.
@@ -75,19 +75,21 @@ def activate(x: Float, name: str | None) -> Float:
         case None:
             return x
         case "relu":
-            return np.maximum(x, 0)
+            return np.maximum(x, np.float32(0))
         case "silu":  # Elfwing et al. (2017): x · sigmoid(x)
             return x * sigmoid(x)
         case "gelu_erf":  # Hendrycks and Gimpel (2016)
             return np.float32(0.5) * x * (1 + erf(x * np.float32(0.5**0.5)))
         case "gelu_tanh":  # their approximation
-            return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3)))
+            inner = np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3)
+            return np.float32(0.5) * x * (1 + f32(np.tanh(inner)))
     raise ValueError(f"activation is {name!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
 
 
 def sigmoid(x: Float) -> Float:
     with np.errstate(over="ignore"):  # e^-x is infinite where the sigmoid is 0
-        return 1 / (1 + np.exp(-x))
+        y: Float = np.reciprocal(1 + np.exp(-x))
+    return y
 
 
 def erf(x: Float) -> Float:

@@ -79,7 +79,7 @@ def pack_linear(
     padded = np.zeros((count * PANEL, columns + columns % 2), into.dtype)
     padded[:rows, :columns] = weight.astype(into.dtype)
     if into.dtype == bfloat16:
-        panels = padded.reshape(count, PANEL, -1, 2).transpose(0, 2, 1, 3)
+        panels: Array = padded.reshape(count, PANEL, -1, 2).transpose(0, 2, 1, 3)
     else:
         panels = padded[:, :columns].reshape(count, PANEL, columns).transpose(0, 2, 1)
     into.panels[first_panel : first_panel + count * panel_step : panel_step] = panels

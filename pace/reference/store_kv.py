@@ -78,7 +78,7 @@ def check_blocks(k_blocks: Array, v_blocks: Array) -> int:
         raise ValueError(f"k_blocks has shape {k_blocks.shape}, v_blocks {v_blocks.shape}; see kv_shapes")
     if not (k_blocks.flags.c_contiguous and v_blocks.flags.c_contiguous):
         raise ValueError("k_blocks and v_blocks must be C-contiguous")
-    return num_blocks * groups * GROUP
+    return int(num_blocks * groups * GROUP)
 
 
 def check_heads(x: Array, name: str, k_blocks: Array) -> None:

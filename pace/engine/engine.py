@@ -1,0 +1,60 @@
+"""The one loop: next batch → forward → sample → retire. Knows token ids, and text only through a request's stream."""
+
+import numpy as np
+
+from pace.cache import KVCache
+from pace.models import Model
+
+from .request import Request
+from .sampler import Sampler
+from .scheduler import Batch, Scheduler
+from .tokenizer import Tokenizer
+
+MAX_BATCH_TOKENS = 1024  # of prompts in one forward pass: past a few hundred the products gain nothing
+MAX_SEQUENCES = 256
+
+
+class Engine:
+    def __init__(self, model: Model, cache: KVCache, tokenizer: Tokenizer) -> None:
+        self.model, self.cache = model, cache
+        self.scheduler = Scheduler(cache, MAX_BATCH_TOKENS, MAX_SEQUENCES)
+        self._sampler = Sampler(tokenizer)
+
+    @property
+    def unfinished(self) -> bool:
+        return self.scheduler.unfinished
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it is; nothing where it has ended."""
+        if request.finish_reason is None:
+            request.cancel()
+            self.scheduler.retire()
+
+    def step(self) -> list[Request]:
+        """One forward pass; returns the requests that it brought a token or an end."""
+        batch = self.scheduler.next_batch()
+        hidden = self._forward(batch)
+        ready = [batch.requests[i] for i in batch.complete]
+        if ready:
+            self._sampler.sample(self.model.logits(hidden[self._last_rows(batch)]), ready)
+        self.scheduler.retire()
+        return ready
+
+    def _forward(self, batch: Batch) -> np.ndarray:
+        counts = [len(tokens) for tokens in batch.tokens]
+        sequences = [request.sequence for request in batch.requests if request.sequence is not None]
+        placement = self.cache.append(sequences, counts)
+        tokens = np.fromiter((token for piece in batch.tokens for token in piece), np.int32, sum(counts))
+        hidden = self.model.forward(tokens, placement, self.cache)
+        for request, count in zip(batch.requests, counts, strict=True):
+            request.computed += count
+        return hidden
+
+    def _last_rows(self, batch: Batch) -> np.ndarray:
+        """The row of each request whose next token can be drawn."""
+        ends = np.cumsum([len(tokens) for tokens in batch.tokens]) - 1
+        rows: np.ndarray = ends[batch.complete]
+        return rows

@@ -1,0 +1,78 @@
+"""Who is in the next batch: first come first served, prompts before further tokens, within the room of the cache.
+
+A request is admitted when the cache has room for all that it can become, so it never has to be put back.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pace.cache import KVCache
+
+from .request import Request
+
+
+@dataclass(frozen=True)
+class Batch:
+    """New tokens of each request; `complete` says whose next token can be drawn after them."""
+
+    requests: list[Request]
+    tokens: list[list[int]]
+
+    @property
+    def complete(self) -> list[int]:
+        return [i for i, request in enumerate(self.requests) if request.prefilled]
+
+
+class Scheduler:
+    def __init__(self, cache: KVCache, max_batch_tokens: int, max_sequences: int) -> None:
+        self.cache, self.max_batch_tokens, self.max_sequences = cache, max_batch_tokens, max_sequences
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._reserved = 0  # tokens of capacity, of those who run
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def next_batch(self) -> Batch:
+        self._admit()
+        prefilling = [request for request in self._running if not request.prefilled]
+        batch = self._prompts(prefilling) if prefilling else Batch(self._running[:], [])
+        tokens = batch.tokens or [request.next_tokens(1) for request in batch.requests]
+        return Batch(batch.requests, tokens)
+
+    def _admit(self) -> None:
+        capacity = self.cache.stats().capacity_tokens
+        while self._waiting and len(self._running) < self.max_sequences:
+            needed = self.cache.tokens_needed(self._waiting[0].most_tokens)
+            if self._reserved + needed > capacity:
+                break
+            request = self._waiting.popleft()
+            request.sequence = self.cache.allocate()
+            self._reserved += needed
+            self._running.append(request)
+
+    def _prompts(self, prefilling: Sequence[Request]) -> Batch:
+        """As much of the prompts as one batch takes, the first come first."""
+        requests, tokens, left = [], [], self.max_batch_tokens
+        for request in prefilling:
+            piece = request.next_tokens(left)
+            requests.append(request)
+            tokens.append(piece)
+            left -= len(piece)
+            if left == 0:
+                break
+        return Batch(requests, tokens)
+
+    def retire(self) -> None:
+        """Give back what finished requests held."""
+        for request in [request for request in self._running if request.finish_reason is not None]:
+            self._running.remove(request)
+            assert request.sequence is not None
+            self.cache.free(request.sequence)
+            self._reserved -= self.cache.tokens_needed(request.most_tokens)
+        self._waiting = deque(request for request in self._waiting if request.finish_reason is None)
