@@ -35,8 +35,8 @@ KERNEL_FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-f
 KERNEL_FLAGS += ["-fno-stack-protector", "-fno-tree-loop-distribute-patterns"]
 if os.environ.get("PACE_WERROR") == "1":
     KERNEL_FLAGS.append("-Werror")
-BINDING_FLAGS = ["-O2", "-fvisibility=hidden", "-fopenmp", "-Wno-unused-function"]
-LINK_FLAGS = ["-fopenmp"]
+BINDING_FLAGS = ["-O2", "-fvisibility=hidden", "-pthread", "-Wno-unused-function"]
+LINK_FLAGS = ["-pthread"]
 BUILD = Path("build")
 if os.environ.get("PACE_SANITIZE") == "1":
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

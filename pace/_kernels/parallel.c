@@ -1,63 +1,182 @@
+// The threads behind pace_run: a pool of helpers beside the calling thread. A call is done when its pieces are done,
+// not when every helper has come by: one that the system has put aside, before it took a piece, is not waited for.
+// (OpenMP's regions wait for all their threads: on a busy machine two of them were slower than one.)
+#define _GNU_SOURCE
 #include "parallel.h"
 
-#include <omp.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stdlib.h>
+#include <unistd.h>
 
-// Pieces handed to each thread, on average: enough that a thread that was descheduled does not hold up the
-// rest.
-enum { PIECES_PER_THREAD = 8, ALIGNMENT = 64 };
+enum {
+    PIECES_PER_THREAD = 8, // on average: a slow thread then holds up the rest by an eighth of its share, at most
+    ALIGNMENT = 64,
+    MAX_THREADS = 1024,
+    SPINS_BEFORE_SLEEP = 20000, // about half a millisecond: the layers of one forward pass come closer than that
+    SPINS_BEFORE_YIELD = 2000,
+};
 
-static int num_threads = 0;
-static pace_hook hook = NULL;
+// What the helpers work on. Only the thread that holds `caller` changes it, and only while the gate is shut and nobody
+// is inside.
+static struct {
+    pace_worker worker;
+    const void *args;
+    size_t items, piece, threads, stride;
+    char *scratch;
+    _Alignas(ALIGNMENT) atomic_size_t next; // the first item that nobody has taken
+} job;
+
+static pthread_mutex_t caller = PTHREAD_MUTEX_INITIALIZER;
+static const unsigned SHUT = 1u << 31;
+static _Alignas(ALIGNMENT) atomic_uint gate = 1u << 31; // SHUT, and how many helpers are inside
+static _Alignas(ALIGNMENT) atomic_uint calls;           // counts jobs: a helper that sees it change looks at the gate
+
+static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static atomic_int sleepers;
+
+static size_t num_helpers; // that exist
+static int num_threads;    // as asked for; 0 until then
+static pace_hook hook;
+
+static void relax(void) { __builtin_ia32_pause(); }
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+static int available_cpus(void) {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
 
 int pace_num_threads(void) {
-    return num_threads > 0 ? num_threads : omp_get_max_threads();
+    if (num_threads == 0) {
+        const char *asked = getenv("OMP_NUM_THREADS");
+        const int count = asked ? atoi(asked) : 0;
+        num_threads = count > 0 ? count : available_cpus();
+    }
+    return num_threads;
 }
-void pace_set_num_threads(int n) {
-    num_threads = n;
-}
-void pace_set_hook(pace_hook h) {
-    hook = h;
-}
-
-static void call(pace_worker worker, const void *args, size_t begin, size_t end, void *scratch) {
-    if (hook)
-        hook(worker, args, begin, end, scratch);
-    else
-        worker(args, begin, end, scratch);
-}
-
-static size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
-}
+void pace_set_num_threads(int n) { num_threads = n; }
+void pace_set_hook(pace_hook h) { hook = h; }
 
 // Every thread takes the next piece until none is left.
-static void share(pace_worker worker, const void *args, size_t items, size_t grain, size_t threads,
-                  char *scratch, size_t stride) {
-    size_t piece = items / (threads * PIECES_PER_THREAD);
-    if (piece < grain) piece = grain;
-    size_t next = 0;
-#pragma omp parallel num_threads((int)threads)
-    {
-        char *mine = scratch + stride * (size_t)omp_get_thread_num();
-        size_t begin;
-        while ((begin = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < items)
-            worker(args, begin, smaller(begin + piece, items), mine);
+static void take_pieces(size_t thread) {
+    char *scratch = job.scratch + job.stride * thread;
+    size_t begin;
+    while ((begin = atomic_fetch_add_explicit(&job.next, job.piece, memory_order_relaxed)) < job.items)
+        job.worker(job.args, begin, smaller(begin + job.piece, job.items), scratch);
+}
+
+static bool enter(void) {
+    unsigned seen = atomic_load_explicit(&gate, memory_order_relaxed);
+    do {
+        if (seen & SHUT) return false;
+    } while (
+        !atomic_compare_exchange_weak_explicit(&gate, &seen, seen + 1, memory_order_acquire, memory_order_relaxed));
+    return true;
+}
+
+static unsigned next_call(unsigned last) {
+    for (int spin = 0; spin < SPINS_BEFORE_SLEEP; spin++, relax()) {
+        const unsigned now = atomic_load_explicit(&calls, memory_order_acquire);
+        if (now != last) return now;
     }
+    pthread_mutex_lock(&sleep_lock);
+    atomic_fetch_add(&sleepers, 1);
+    while (atomic_load(&calls) == last) pthread_cond_wait(&wake, &sleep_lock);
+    atomic_fetch_sub(&sleepers, 1);
+    pthread_mutex_unlock(&sleep_lock);
+    return atomic_load(&calls);
+}
+
+static void *help(void *number) {
+    const size_t thread = (size_t)number;
+    for (unsigned last = 0;;) {
+        last = next_call(last);
+        if (!enter()) continue;
+        if (thread < job.threads) take_pieces(thread);
+        atomic_fetch_sub_explicit(&gate, 1, memory_order_release);
+    }
+    return NULL;
+}
+
+// Threads do not survive a fork, and whoever held a lock is gone.
+static void forget_helpers(void) {
+    num_helpers = 0;
+    atomic_store(&gate, SHUT);
+    atomic_store(&sleepers, 0);
+    pthread_mutex_init(&caller, NULL);
+    pthread_mutex_init(&sleep_lock, NULL);
+    pthread_cond_init(&wake, NULL);
+}
+
+// As many helpers as the system gives, up to `wanted`.
+static void raise_helpers(size_t wanted) {
+    static bool prepared = false;
+    if (!prepared) prepared = pthread_atfork(NULL, NULL, forget_helpers) == 0;
+    pthread_attr_t detached;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    while (num_helpers < wanted) {
+        pthread_t thread;
+        if (pthread_create(&thread, &detached, help, (void *)(num_helpers + 1)) != 0) break;
+        num_helpers++;
+    }
+    pthread_attr_destroy(&detached);
+}
+
+// With `caller` held.
+static void share(size_t threads) {
+    if (num_helpers + 1 < threads) raise_helpers(threads - 1);
+    atomic_store_explicit(&job.next, 0, memory_order_relaxed);
+    atomic_store_explicit(&gate, 0, memory_order_release);
+    atomic_fetch_add(&calls, 1);
+    if (atomic_load(&sleepers)) {
+        pthread_mutex_lock(&sleep_lock);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&sleep_lock);
+    }
+    take_pieces(0);
+    atomic_fetch_or_explicit(&gate, SHUT, memory_order_acquire);
+    for (int spin = 0; atomic_load_explicit(&gate, memory_order_acquire) != SHUT; spin++)
+        if (spin < SPINS_BEFORE_YIELD)
+            relax();
+        else
+            sched_yield();
+}
+
+static void run_alone(pace_worker worker, const void *args, size_t items, void *scratch) {
+    if (hook)
+        hook(worker, args, 0, items, scratch);
+    else
+        worker(args, 0, items, scratch);
 }
 
 int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes) {
     if (items == 0) return 0;
     if (grain == 0) grain = 1;
-    size_t stride = (scratch_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    size_t threads = hook ? 1 : smaller((size_t)pace_num_threads(), (items + grain - 1) / grain);
+    const size_t stride = (scratch_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    size_t threads = smaller((size_t)pace_num_threads(), (items + grain - 1) / grain);
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (hook) threads = 1;
     char *scratch = NULL;
     if (stride && !(scratch = aligned_alloc(ALIGNMENT, stride * threads))) return -1;
 
-    if (threads == 1)
-        call(worker, args, 0, items, scratch);
-    else
-        share(worker, args, items, grain, threads, scratch, stride);
+    // A second thread of the program that calls at the same time does its work itself.
+    if (threads == 1 || pthread_mutex_trylock(&caller) != 0) {
+        run_alone(worker, args, items, scratch);
+    } else {
+        const size_t piece = items / (threads * PIECES_PER_THREAD);
+        job.worker = worker, job.args = args, job.items = items, job.piece = piece > grain ? piece : grain;
+        job.threads = threads, job.stride = stride, job.scratch = scratch;
+        share(threads);
+        pthread_mutex_unlock(&caller);
+    }
     free(scratch);
     return 0;
 }

@@ -1,7 +1,6 @@
-// Work divided over threads by outputs. A kernel is a worker: it computes items [begin, end) of a call that
-// is described by `args`, with `scratch` for its own use, and knows nothing of threads. So an item's
-// arithmetic cannot depend on how many threads there are, and the same worker runs under a CPU emulator in
-// the tests.
+// Work divided over threads by outputs. A kernel is a worker: it computes items [begin, end) of a call that is
+// described by `args`, with `scratch` for its own use, and knows nothing of threads. So an item's arithmetic cannot
+// depend on how many threads there are, and the same worker runs under a CPU emulator in the tests.
 #pragma once
 #include <stddef.h>
 
@@ -16,7 +15,7 @@ int pace_num_threads(void);
 void pace_set_num_threads(int num_threads);
 void pace_set_hook(pace_hook hook);
 
-// Runs `worker` over all items, in pieces of at least `grain` items taken by whichever thread is free. Each
-// thread has `scratch_bytes` of 64-byte aligned scratch, not initialised. Returns 0, or -1 when scratch
-// cannot be allocated.
+// Runs `worker` over all items, in pieces of at least `grain` items taken by whichever thread is free. Each thread has
+// `scratch_bytes` of 64-byte aligned scratch, not initialised. May be called from several threads at once, and after a
+// fork. Returns 0, or -1 when scratch cannot be allocated.
 int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes);

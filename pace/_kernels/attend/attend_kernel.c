@@ -20,12 +20,8 @@ struct work {
     word *staged;                                // one step's V, where it can't be read in place
 };
 
-INLINE size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-INLINE __m512 minus_infinity(void) {
-    return _mm512_set1_ps(-__builtin_inff());
-}
+INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+INLINE __m512 minus_infinity(void) { return _mm512_set1_ps(-__builtin_inff()); }
 INLINE void clear(float *x, size_t n, float value) {
     for (size_t i = 0; i < n; i += 16) _mm512_storeu_ps(x + i, _mm512_set1_ps(value));
 }
@@ -48,8 +44,7 @@ INLINE size_t visible(const struct work *w, size_t row, size_t step) {
 }
 
 // scores (rows, STEP) = q · Kᵀ; keys that no row sees are left out in whole groups.
-INLINE void scores_of_step(const struct work *w, enum kind kind, size_t row, size_t rows, size_t step,
-                           float *scores) {
+INLINE void scores_of_step(const struct work *w, enum kind kind, size_t row, size_t rows, size_t step, float *scores) {
     const size_t groups = (visible(w, row + rows - 1, step) + GROUP - 1) / GROUP;
     clear(scores, rows * STEP, 0);
     for (size_t g = 0; g < groups; g += TILE_PANELS) {
@@ -85,8 +80,8 @@ INLINE void put_numerators(enum kind kind, word *to, size_t i, __m512 p) {
 
 // One step of the online softmax for a tile of rows: numerators from scores, and what came before rescaled to
 // the new maximum.
-INLINE void soften_step(const struct work *w, enum kind kind, size_t row, size_t rows, size_t step,
-                        float *scores, word *numerators) {
+INLINE void soften_step(const struct work *w, enum kind kind, size_t row, size_t rows, size_t step, float *scores,
+                        word *numerators) {
     const __m512 scale = _mm512_set1_ps(w->a->scale);
     float new_max[16], rescale[16];
     clear(new_max, 16, -__builtin_inff());
@@ -127,8 +122,7 @@ INLINE void soften_step(const struct work *w, enum kind kind, size_t row, size_t
         if (rescale[r] == 1.f) continue;
         float *values = w->values + (row + r) * w->padded_dim;
         for (size_t i = 0; i < w->padded_dim; i += 16)
-            _mm512_storeu_ps(values + i,
-                             _mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(rescale[r])));
+            _mm512_storeu_ps(values + i, _mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(rescale[r])));
     }
 }
 
@@ -146,8 +140,8 @@ INLINE void stage_values(const struct work *w, enum kind kind, size_t step, size
 
 // values (rows, head_dim) += numerators · V over `tokens` tokens that lie at v, one word of tokens b_step
 // words apart
-INLINE void accumulate_values(const struct work *w, enum kind kind, size_t row, size_t rows,
-                              const word *numerators, const word *v, size_t b_step, size_t tokens) {
+INLINE void accumulate_values(const struct work *w, enum kind kind, size_t row, size_t rows, const word *numerators,
+                              const word *v, size_t b_step, size_t tokens) {
     struct tile t = {
         .a = numerators,
         .a_step = 1,
@@ -211,8 +205,8 @@ INLINE void attend_step(const struct work *w, enum kind kind, size_t step) {
         }
         const size_t a_words = a_words_of(kind, GROUP);
         for (size_t token = 0; token < tokens; token += GROUP)
-            accumulate_values(w, kind, row, rows, numerators + token / GROUP * a_words,
-                              value_group(w, step + token), w->head_dim, smaller(tokens - token, GROUP));
+            accumulate_values(w, kind, row, rows, numerators + token / GROUP * a_words, value_group(w, step + token),
+                              w->head_dim, smaller(tokens - token, GROUP));
     }
 }
 
@@ -244,8 +238,7 @@ INLINE void lay_out(struct work *w, void *scratch) {
 #undef TAKE
 }
 
-INLINE void attend_item(const struct attend_args *a, enum kind kind, const struct attend_item *item,
-                        void *scratch) {
+INLINE void attend_item(const struct attend_args *a, enum kind kind, const struct attend_item *item, void *scratch) {
     const size_t s = (size_t)item->sequence, num_queries = (size_t)item->num_queries;
     const size_t first_query = (size_t)item->first_query, head_dim = a->blocks.head_dim;
     struct work w = {
@@ -263,8 +256,8 @@ INLINE void attend_item(const struct attend_args *a, enum kind kind, const struc
     lay_out(&w, scratch);
     for (size_t row = 0; row < w.rows; row++) {
         const char *token = (const char *)a->q + (first_query + row / a->group) * a->q_stride;
-        put_a(kind, w.q + row * w.q_words, 1,
-              at(kind, token, (w.head * a->group + row % a->group) * head_dim), head_dim);
+        put_a(kind, w.q + row * w.q_words, 1, at(kind, token, (w.head * a->group + row % a->group) * head_dim),
+              head_dim);
     }
     clear(w.total_max, w.rows, -__builtin_inff());
     clear(w.total_sum, w.rows, 0);
@@ -272,8 +265,7 @@ INLINE void attend_item(const struct attend_args *a, enum kind kind, const struc
     const size_t end = w.first_position + num_queries;
     for (size_t split = 0; split < end; split += SPLIT) {
         begin_split(&w);
-        for (size_t step = split; step < smaller(end, split + SPLIT); step += STEP)
-            attend_step(&w, kind, step);
+        for (size_t step = split; step < smaller(end, split + SPLIT); step += STEP) attend_step(&w, kind, step);
         merge_split(&w);
     }
     write_rows(&w, kind, first_query);

@@ -17,8 +17,8 @@ void RUNG_NAME(linear_arrange)(const void *args, size_t begin, size_t end, void 
 }
 
 // bias, activation, multiply, residual, and the one rounding
-INLINE void finish_columns(enum kind kind, const struct linear_args *a, size_t row, size_t column,
-                           __mmask16 mask, __m512 sum) {
+INLINE void finish_columns(enum kind kind, const struct linear_args *a, size_t row, size_t column, __mmask16 mask,
+                           __m512 sum) {
     if (a->bias) sum = _mm512_add_ps(sum, load(F32, a->bias, column, mask));
     sum = activate(a->activation, sum);
     if (a->multiply) {

@@ -8,9 +8,7 @@
 enum { PAIR_COLUMNS = 32 };
 
 // x / (1 + e^-x)
-INLINE __m512 silu(__m512 x) {
-    return _mm512_mul_ps(x, sigmoid_ps(x));
-}
+INLINE __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid_ps(x)); }
 
 // x/2 · (1 + erf(x/√2)), Hendrycks and Gimpel (2016)
 INLINE __m512 gelu_erf(__m512 x) {
@@ -61,8 +59,7 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
         add_tile(kind, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
         return;
     }
-    for (size_t p = 0; p < panels; p++, t.b += t.b_panel)
-        add_tile(kind, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) add_tile(kind, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
 }
 
 typedef void finish_row(const struct linear_args *a, size_t row, size_t pair, const float *sums);

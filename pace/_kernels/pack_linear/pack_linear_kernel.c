@@ -2,8 +2,7 @@
 #include "simd/elements.h"
 
 // Sixteen words of a row: 32 elements as bfloat16 pairs, or 16 float32. What lies past the row's end is zero.
-INLINE __m512i words_of_row(enum kind kind, enum kind panel_kind, const void *row, size_t word,
-                            size_t columns) {
+INLINE __m512i words_of_row(enum kind kind, enum kind panel_kind, const void *row, size_t word, size_t columns) {
     if (panel_kind == F32) return _mm512_castps_si512(load(kind, row, word, first16(columns - word)));
     const size_t i = 2 * word, left = columns - i;
     if (kind == BF16 && left >= 32) return _mm512_loadu_si512(at(kind, row, i));
@@ -58,8 +57,7 @@ INLINE void pack_panel(const struct pack_linear_args *a, size_t panel, enum kind
         __m512i block[16];
         for (size_t r = 0; r < 16; r++) {
             const void *row = (const char *)a->weight + (panel * 16 + r) * a->weight_stride;
-            block[r] =
-                r < rows ? words_of_row(kind, panel_kind, row, word, a->columns) : _mm512_setzero_si512();
+            block[r] = r < rows ? words_of_row(kind, panel_kind, row, word, a->columns) : _mm512_setzero_si512();
             nan |= any_nan(panel_kind, block[r]);
         }
         transpose_16x16(block);

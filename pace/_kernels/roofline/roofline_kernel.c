@@ -61,9 +61,9 @@ void RUNG_NAME(roofline_read)(const void *args, size_t begin, size_t end, void *
 }
 
 // Each chain starts elsewhere, or a compiler could see that they are all one.
-#define CHAINS_OF(seed, sums, multiply_add)                                                                  \
-    vector sums[ROOFLINE_CHAINS];                                                                            \
-    EACH(j, ROOFLINE_CHAINS) sums[j] = vector_load(seed + 16 * (j + 2));                                     \
+#define CHAINS_OF(seed, sums, multiply_add)                                                                            \
+    vector sums[ROOFLINE_CHAINS];                                                                                      \
+    EACH(j, ROOFLINE_CHAINS) sums[j] = vector_load(seed + 16 * (j + 2));                                               \
     for (int step = 0; step < ROOFLINE_STEPS; step++) EACH(j, ROOFLINE_CHAINS) sums[j] = multiply_add;
 
 void RUNG_NAME(roofline_fma)(const void *args, size_t begin, size_t end, void *scratch) {
@@ -80,8 +80,7 @@ void RUNG_NAME(roofline_fma)(const void *args, size_t begin, size_t end, void *s
 void RUNG_NAME(roofline_dot)(const void *args, size_t begin, size_t end, void *scratch) {
     const struct roofline_args *a = args;
     (void)scratch;
-    const __m512bh x = as_bf16x32(_mm512_loadu_si512(a->seed)),
-                   y = as_bf16x32(_mm512_loadu_si512(a->seed + 16));
+    const __m512bh x = as_bf16x32(_mm512_loadu_si512(a->seed)), y = as_bf16x32(_mm512_loadu_si512(a->seed + 16));
     for (size_t item = begin; item < end; item++) {
         CHAINS_OF(a->seed, sums, _mm512_dpbf16_ps(sums[j], x, y))
         a->sink[item] = any_of(sums, ROOFLINE_CHAINS);

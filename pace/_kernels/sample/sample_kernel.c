@@ -45,18 +45,10 @@ static struct workspace workspace_in(void *scratch, size_t vocab) {
     return s;
 }
 
-INLINE size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-INLINE size_t larger(size_t a, size_t b) {
-    return a > b ? a : b;
-}
-INLINE size_t count(__mmask16 mask) {
-    return (size_t)__builtin_popcount(mask);
-}
-INLINE bool is_finite(float x) {
-    return __builtin_fabsf(x) < __builtin_inff();
-}
+INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+INLINE size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+INLINE size_t count(__mmask16 mask) { return (size_t)__builtin_popcount(mask); }
+INLINE bool is_finite(float x) { return __builtin_fabsf(x) < __builtin_inff(); }
 
 // The logits of a row after bias and penalties: in `copy`, or the row itself where there are none.
 INLINE const float *penalised(const struct sample_args *a, size_t row, const float *x, float *copy) {
@@ -123,16 +115,12 @@ INLINE size_t argmax(const float *z, size_t n, const float *maxima, float larges
 struct sum {
     __m512d low, high;
 };
-INLINE struct sum no_sum(void) {
-    return (struct sum){_mm512_setzero_pd(), _mm512_setzero_pd()};
-}
+INLINE struct sum no_sum(void) { return (struct sum){_mm512_setzero_pd(), _mm512_setzero_pd()}; }
 INLINE struct sum plus(struct sum sum, __m512 x) {
     return (struct sum){_mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(x))),
                         _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)))};
 }
-INLINE double total(struct sum sum) {
-    return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high));
-}
+INLINE double total(struct sum sum) { return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high)); }
 
 // w = e^((z - largest) / temperature), and their sum.
 INLINE double weigh(const float *z, size_t n, float largest, float temperature, float *w) {
@@ -290,8 +278,7 @@ INLINE size_t draw(const float *w, size_t n, float least, double uniform, double
     return place;
 }
 
-INLINE int32_t token_of_row(const struct sample_args *a, size_t row, const float *x,
-                            const struct workspace *s) {
+INLINE int32_t token_of_row(const struct sample_args *a, size_t row, const float *x, const struct workspace *s) {
     const struct sampling *p = &a->params[row];
     const size_t vocab = a->vocab;
     const float *z = penalised(a, row, x, s->z);
@@ -326,8 +313,7 @@ INLINE int32_t rank_of(int32_t token, const float *x, size_t n) {
     for_each_16(i, mask, n) {
         const __m512 value = load(F32, x, i, mask);
         rank += count(_mm512_cmp_ps_mask(value, at, _CMP_GT_OQ) & mask);
-        if (i < (size_t)token)
-            rank += count(_mm512_cmp_ps_mask(value, at, _CMP_EQ_OQ) & first16((size_t)token - i));
+        if (i < (size_t)token) rank += count(_mm512_cmp_ps_mask(value, at, _CMP_EQ_OQ) & first16((size_t)token - i));
     }
     return (int32_t)rank;
 }
@@ -351,8 +337,7 @@ INLINE void sort_descending(uint64_t *values, size_t n) {
     }
 }
 
-INLINE void log_probabilities(const struct sample_args *a, size_t row, const float *x,
-                              const struct workspace *s) {
+INLINE void log_probabilities(const struct sample_args *a, size_t row, const float *x, const struct workspace *s) {
     const int32_t token = a->tokens[row];
     int32_t *top_tokens = a->top_tokens + row * a->num_top;
     float *top_logprobs = a->top_logprobs + row * a->num_top;
@@ -370,8 +355,7 @@ INLINE void log_probabilities(const struct sample_args *a, size_t row, const flo
     if (!a->num_top) return;
 
     const struct list list = largest_z(a->num_top, x, a->vocab, s);
-    for (size_t i = 0; i < list.n; i++)
-        s->order[i] = (uint64_t)key_of(list.z[i]) << 32 | (uint32_t)~list.ids[i];
+    for (size_t i = 0; i < list.n; i++) s->order[i] = (uint64_t)key_of(list.z[i]) << 32 | (uint32_t)~list.ids[i];
     sort_descending(s->order, list.n);
     for (size_t i = 0; i < list.n; i++) {
         top_tokens[i] = (int32_t)~(uint32_t)s->order[i];

@@ -5,20 +5,12 @@
 
 enum kind { F32, BF16 };
 
-INLINE size_t bytes_of(enum kind kind) {
-    return kind == BF16 ? 2 : 4;
-}
+INLINE size_t bytes_of(enum kind kind) { return kind == BF16 ? 2 : 4; }
 
-INLINE const void *at(enum kind kind, const void *row, size_t i) {
-    return (const char *)row + i * bytes_of(kind);
-}
-INLINE void *at_mut(enum kind kind, void *row, size_t i) {
-    return (char *)row + i * bytes_of(kind);
-}
+INLINE const void *at(enum kind kind, const void *row, size_t i) { return (const char *)row + i * bytes_of(kind); }
+INLINE void *at_mut(enum kind kind, void *row, size_t i) { return (char *)row + i * bytes_of(kind); }
 
-INLINE __m512 f32_of_bf16(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
+INLINE __m512 f32_of_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 INLINE __m512 load16(enum kind kind, const void *row, size_t i) {
     const void *p = at(kind, row, i);
     return kind == BF16 ? f32_of_bf16(_mm256_loadu_si256(p)) : _mm512_loadu_ps(p);
@@ -44,7 +36,7 @@ INLINE void store16_masked(enum kind kind, void *row, size_t i, __mmask16 mask, 
 
 // for_each_16(i, mask, n) { ... } walks a row of n elements; only the last step's mask may be partial. A full
 // mask is tested for, not masked with: AVX2 has no cheap masked access.
-#define for_each_16(i, mask, n)                                                                              \
+#define for_each_16(i, mask, n)                                                                                        \
     for (size_t i = 0, mask = first16(n); i < (n); i += 16, mask = i < (n) ? first16((n) - i) : 0)
 #define FULL 0xffff
 

@@ -9,9 +9,7 @@ INLINE __m512 clamp_ps(__m512 x, float low, float high) {
 }
 
 // a·x + b
-INLINE __m512 horner(__m512 a, __m512 x, float b) {
-    return _mm512_fmadd_ps(a, x, _mm512_set1_ps(b));
-}
+INLINE __m512 horner(__m512 a, __m512 x, float b) { return _mm512_fmadd_ps(a, x, _mm512_set1_ps(b)); }
 
 // e^x within 0.9 ulp, denormal results included: 0 from -104 down, infinity above 88.722.
 // e^x = 2^n · e^r with n = round(x / ln 2), |r| ≤ ln 2 / 2, and Cephes' polynomial for e^r.

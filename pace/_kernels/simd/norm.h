@@ -57,8 +57,8 @@ INLINE void scale_row(enum kind kind, const void *x, const float *weight, void *
 }
 
 // out = (x - mean) · scale · weight + bias; a bias of NULL is none
-INLINE void standardise_row(enum kind kind, const void *x, const float *weight, const float *bias, void *out,
-                            size_t n, float mean, float scale) {
+INLINE void standardise_row(enum kind kind, const void *x, const float *weight, const float *bias, void *out, size_t n,
+                            float mean, float scale) {
     const __m512 means = _mm512_set1_ps(mean), scales = _mm512_set1_ps(scale);
     for_each_16(i, mask, n) {
         const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(kind, x, i, mask), means), scales);

@@ -21,30 +21,26 @@ typedef struct {
 #define __m512bh pair_epi
 #define __m256bh __m256i
 
-INLINE pair_epi as_bf16x32(pair_epi x) {
-    return x;
-}
-INLINE __m256i bits_of_bf16x16(__m256i x) {
-    return x;
-}
+INLINE pair_epi as_bf16x32(pair_epi x) { return x; }
+INLINE __m256i bits_of_bf16x16(__m256i x) { return x; }
 
-#define EACH_PS(name, expression)                                                                            \
-    INLINE pair_ps name(pair_ps a, pair_ps b) {                                                              \
-        pair_ps r;                                                                                           \
-        for (int i = 0; i < 2; i++) {                                                                        \
-            const __m256 x = a.half[i], y = b.half[i];                                                       \
-            r.half[i] = expression;                                                                          \
-        }                                                                                                    \
-        return r;                                                                                            \
+#define EACH_PS(name, expression)                                                                                      \
+    INLINE pair_ps name(pair_ps a, pair_ps b) {                                                                        \
+        pair_ps r;                                                                                                     \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            const __m256 x = a.half[i], y = b.half[i];                                                                 \
+            r.half[i] = expression;                                                                                    \
+        }                                                                                                              \
+        return r;                                                                                                      \
     }
-#define EACH_EPI(name, expression)                                                                           \
-    INLINE pair_epi name(pair_epi a, pair_epi b) {                                                           \
-        pair_epi r;                                                                                          \
-        for (int i = 0; i < 2; i++) {                                                                        \
-            const __m256i x = a.half[i], y = b.half[i];                                                      \
-            r.half[i] = expression;                                                                          \
-        }                                                                                                    \
-        return r;                                                                                            \
+#define EACH_EPI(name, expression)                                                                                     \
+    INLINE pair_epi name(pair_epi a, pair_epi b) {                                                                     \
+        pair_epi r;                                                                                                    \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            const __m256i x = a.half[i], y = b.half[i];                                                                \
+            r.half[i] = expression;                                                                                    \
+        }                                                                                                              \
+        return r;                                                                                                      \
     }
 
 EACH_PS(pair_add_ps, _mm256_add_ps(x, y))
@@ -84,33 +80,23 @@ EACH_EPI(pair_unpackhi_epi64, _mm256_unpackhi_epi64(x, y))
 #define _mm512_or_epi32       pair_or_epi32
 #define _mm512_xor_epi32      pair_xor_epi32
 
-INLINE pair_ps pair_sqrt_ps(pair_ps a) {
-    return (pair_ps){{_mm256_sqrt_ps(a.half[0]), _mm256_sqrt_ps(a.half[1])}};
-}
+INLINE pair_ps pair_sqrt_ps(pair_ps a) { return (pair_ps){{_mm256_sqrt_ps(a.half[0]), _mm256_sqrt_ps(a.half[1])}}; }
 INLINE pair_ps pair_fmadd_ps(pair_ps a, pair_ps b, pair_ps c) {
     return (pair_ps){
         {_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
 INLINE pair_ps pair_fnmadd_ps(pair_ps a, pair_ps b, pair_ps c) {
-    return (pair_ps){{_mm256_fnmadd_ps(a.half[0], b.half[0], c.half[0]),
-                      _mm256_fnmadd_ps(a.half[1], b.half[1], c.half[1])}};
+    return (pair_ps){
+        {_mm256_fnmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fnmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
 #define _mm512_sqrt_ps   pair_sqrt_ps
 #define _mm512_fmadd_ps  pair_fmadd_ps
 #define _mm512_fnmadd_ps pair_fnmadd_ps
 
-INLINE pair_ps pair_set1_ps(float x) {
-    return (pair_ps){{_mm256_set1_ps(x), _mm256_set1_ps(x)}};
-}
-INLINE pair_epi pair_set1_epi32(int x) {
-    return (pair_epi){{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}};
-}
-INLINE pair_ps pair_setzero_ps(void) {
-    return (pair_ps){{_mm256_setzero_ps(), _mm256_setzero_ps()}};
-}
-INLINE pair_epi pair_setzero_si512(void) {
-    return (pair_epi){{_mm256_setzero_si256(), _mm256_setzero_si256()}};
-}
+INLINE pair_ps pair_set1_ps(float x) { return (pair_ps){{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+INLINE pair_epi pair_set1_epi32(int x) { return (pair_epi){{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+INLINE pair_ps pair_setzero_ps(void) { return (pair_ps){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+INLINE pair_epi pair_setzero_si512(void) { return (pair_epi){{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
 INLINE pair_ps pair_castsi512_ps(pair_epi a) {
     return (pair_ps){{_mm256_castsi256_ps(a.half[0]), _mm256_castsi256_ps(a.half[1])}};
 }
@@ -187,8 +173,8 @@ INLINE pair_ps pair_mask_blend_ps(__mmask16 m, pair_ps a, pair_ps b) {
 #define _mm512_mask_max_ps(s, m, a, b) pair_mask_blend_ps(m, s, pair_max_ps(a, b))
 #define _mm512_maskz_mov_ps(m, a)      pair_mask_blend_ps(m, pair_setzero_ps(), a)
 // `predicate` must be a compile-time constant, as for the instruction.
-#define _mm512_cmp_ps_mask(a, b, predicate)                                                                  \
-    ((__mmask16)(_mm256_movemask_ps(_mm256_cmp_ps((a).half[0], (b).half[0], predicate)) |                    \
+#define _mm512_cmp_ps_mask(a, b, predicate)                                                                            \
+    ((__mmask16)(_mm256_movemask_ps(_mm256_cmp_ps((a).half[0], (b).half[0], predicate)) |                              \
                  _mm256_movemask_ps(_mm256_cmp_ps((a).half[1], (b).half[1], predicate)) << 8))
 
 // Within pairs of lanes.
@@ -197,7 +183,7 @@ INLINE pair_ps pair_moveldup_ps(pair_ps a) {
     return (pair_ps){{_mm256_moveldup_ps(a.half[0]), _mm256_moveldup_ps(a.half[1])}};
 }
 #define _mm512_moveldup_ps pair_moveldup_ps
-#define _mm512_permute_ps(a, control)                                                                        \
+#define _mm512_permute_ps(a, control)                                                                                  \
     ((pair_ps){{_mm256_permute_ps((a).half[0], control), _mm256_permute_ps((a).half[1], control)}})
 
 // Reductions, in the order of gcc's own expansion: halves, quarters, pairs.
@@ -219,15 +205,12 @@ INLINE float pair_reduce_max_ps(pair_ps a) {
 
 // Float64: sums of many small float32.
 
-INLINE pair_pd pair_setzero_pd(void) {
-    return (pair_pd){{_mm256_setzero_pd(), _mm256_setzero_pd()}};
-}
+INLINE pair_pd pair_setzero_pd(void) { return (pair_pd){{_mm256_setzero_pd(), _mm256_setzero_pd()}}; }
 INLINE pair_pd pair_add_pd(pair_pd a, pair_pd b) {
     return (pair_pd){{_mm256_add_pd(a.half[0], b.half[0]), _mm256_add_pd(a.half[1], b.half[1])}};
 }
 INLINE pair_pd pair_cvtps_pd(__m256 a) {
-    return (pair_pd){
-        {_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))}};
+    return (pair_pd){{_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))}};
 }
 INLINE double pair_reduce_add_pd(pair_pd a) {
     const __m256d x = _mm256_add_pd(a.half[0], a.half[1]);
@@ -249,37 +232,30 @@ INLINE size_t compress_epi32(void *p, __mmask16 m, pair_epi a) {
     for (unsigned left = m; left; left &= left - 1) *to++ = lane[__builtin_ctz(left)];
     return (size_t)(to - (any32 *)p);
 }
-INLINE size_t compress_ps(void *p, __mmask16 m, pair_ps a) {
-    return compress_epi32(p, m, pair_castps_si512(a));
-}
+INLINE size_t compress_ps(void *p, __mmask16 m, pair_ps a) { return compress_epi32(p, m, pair_castps_si512(a)); }
 
 // Integers and conversions.
 
-#define _mm512_slli_epi32(a, n)                                                                              \
-    ((pair_epi){{_mm256_slli_epi32((a).half[0], n), _mm256_slli_epi32((a).half[1], n)}})
-#define _mm512_srli_epi32(a, n)                                                                              \
-    ((pair_epi){{_mm256_srli_epi32((a).half[0], n), _mm256_srli_epi32((a).half[1], n)}})
+#define _mm512_slli_epi32(a, n) ((pair_epi){{_mm256_slli_epi32((a).half[0], n), _mm256_slli_epi32((a).half[1], n)}})
+#define _mm512_srli_epi32(a, n) ((pair_epi){{_mm256_srli_epi32((a).half[0], n), _mm256_srli_epi32((a).half[1], n)}})
 INLINE pair_epi pair_cvtepu16_epi32(__m256i a) {
-    return (pair_epi){{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
-                       _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
+    return (pair_epi){
+        {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
 }
 INLINE pair_epi pair_cvtepu32_epi64(__m256i a) {
-    return (pair_epi){{_mm256_cvtepu32_epi64(_mm256_castsi256_si128(a)),
-                       _mm256_cvtepu32_epi64(_mm256_extracti128_si256(a, 1))}};
+    return (pair_epi){
+        {_mm256_cvtepu32_epi64(_mm256_castsi256_si128(a)), _mm256_cvtepu32_epi64(_mm256_extracti128_si256(a, 1))}};
 }
 #define _mm512_cvtepu16_epi32 pair_cvtepu16_epi32
-INLINE pair_epi pair_castsi256_si512(__m256i a) {
-    return (pair_epi){{a, a}};
-}
-#define _mm512_castsi256_si512(a) pair_castsi256_si512(a)
-#define _mm512_inserti64x4(a, b, half_)                                                                      \
-    ((pair_epi){{(half_) ? (a).half[0] : (b), (half_) ? (b) : (a).half[1]}})
+INLINE pair_epi pair_castsi256_si512(__m256i a) { return (pair_epi){{a, a}}; }
+#define _mm512_castsi256_si512(a)       pair_castsi256_si512(a)
+#define _mm512_inserti64x4(a, b, half_) ((pair_epi){{(half_) ? (a).half[0] : (b), (half_) ? (b) : (a).half[1]}})
 
 // The four quarters a[m0] a[m1] b[m2] b[m3] of 128 bits.
-#define QUARTER(x, i)                                                                                        \
+#define QUARTER(x, i)                                                                                                  \
     ((i) & 1 ? _mm256_extracti128_si256((x).half[(i) >> 1], 1) : _mm256_castsi256_si128((x).half[(i) >> 1]))
-#define _mm512_shuffle_i32x4(a, b, m)                                                                        \
-    ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m) & 3)),                            \
+#define _mm512_shuffle_i32x4(a, b, m)                                                                                  \
+    ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m) & 3)),                                      \
                  _mm256_set_m128i(QUARTER(b, (m) >> 6 & 3), QUARTER(b, (m) >> 4 & 3))}})
 #define _mm512_cvtepu32_epi64 pair_cvtepu32_epi64
 
@@ -293,8 +269,8 @@ INLINE __m256i bf16_in_low_half(__m256 a) {
     return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
 }
 INLINE __m256i pair_cvtneps_pbh(pair_ps a) {
-    return _mm256_permute4x64_epi64(
-        _mm256_packus_epi32(bf16_in_low_half(a.half[0]), bf16_in_low_half(a.half[1])), 0xd8);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_in_low_half(a.half[0]), bf16_in_low_half(a.half[1])),
+                                    0xd8);
 }
 #define _mm512_cvtneps_pbh pair_cvtneps_pbh
 
@@ -312,8 +288,8 @@ INLINE pair_ps pair_dpbf16_ps(pair_ps c, pair_epi a, pair_epi b) {
 }
 #define _mm512_dpbf16_ps pair_dpbf16_ps
 
-#define _mm512_roundscale_ps(a, mode)                                                                        \
-    ((pair_ps){{_mm256_round_ps((a).half[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),                 \
+#define _mm512_roundscale_ps(a, mode)                                                                                  \
+    ((pair_ps){{_mm256_round_ps((a).half[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),                           \
                 _mm256_round_ps((a).half[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}})
 
 // x·2^n for integral n, in two steps of half the exponent each so that results may be denormal.

@@ -21,6 +21,4 @@
 #define RUNG_NAME(name)          RUNG_CONCAT(name, RUNG)
 
 // The first `count` lanes; all of them from 16 (32) on.
-INLINE __mmask16 first16(size_t count) {
-    return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
-}
+INLINE __mmask16 first16(size_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }

@@ -21,12 +21,8 @@ typedef uint32_t __attribute__((may_alias)) word; // the bits of a float32 or of
 typedef uint16_t __attribute__((may_alias)) bf16_bits;
 
 // Words of b along k, and of a, for n elements.
-INLINE size_t words_of(enum kind kind, size_t n) {
-    return kind == BF16 ? (n + 1) / 2 : n;
-}
-INLINE size_t a_words_of(enum kind kind, size_t n) {
-    return kind == BF16 ? (n + 1) / 2 * A_WORDS_OF_PAIR : n;
-}
+INLINE size_t words_of(enum kind kind, size_t n) { return kind == BF16 ? (n + 1) / 2 : n; }
+INLINE size_t a_words_of(enum kind kind, size_t n) { return kind == BF16 ? (n + 1) / 2 * A_WORDS_OF_PAIR : n; }
 
 // Writes n elements of x as words of a, `step` words apart; an odd last bfloat16 is paired with zero.
 INLINE void put_a(enum kind kind, word *a, size_t step, const void *x, size_t n) {
@@ -53,13 +49,10 @@ struct tile {
     size_t num_words;       // words of b along k
 };
 
-INLINE __m512 broadcast(const word *a) {
-    return _mm512_castsi512_ps(_mm512_set1_epi32((int)*a));
-}
+INLINE __m512 broadcast(const word *a) { return _mm512_castsi512_ps(_mm512_set1_epi32((int)*a)); }
 
 // acc is (ROWS, PANELS); both are constants where this is called.
-INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, const struct tile *t,
-                          __m512 *acc) {
+INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, const struct tile *t, __m512 *acc) {
     const word *a = t->a, *b = t->b;
     for (size_t k = 0; k < t->num_words; k++, b += t->b_step) {
         __m512i columns[PANELS];
@@ -104,8 +97,7 @@ INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, cons
             const __m512 x = broadcast(a + r * t->a_row);
 #pragma GCC unroll 4
             for (int p = 0; p < PANELS; p++)
-                acc[r * PANELS + p] =
-                    _mm512_fmadd_ps(x, _mm512_castsi512_ps(columns[p]), acc[r * PANELS + p]);
+                acc[r * PANELS + p] = _mm512_fmadd_ps(x, _mm512_castsi512_ps(columns[p]), acc[r * PANELS + p]);
         }
         a += t->a_step;
     }
@@ -127,12 +119,11 @@ INLINE void add_tile_of(enum kind kind, const int ROWS, const int PANELS, const 
 }
 
 // The same for any number of rows up to TILE_ROWS.
-#define ROWS_CASE(n)                                                                                         \
-    case n:                                                                                                  \
-        add_tile_of(kind, n, PANELS, t, sums, stride);                                                       \
+#define ROWS_CASE(n)                                                                                                   \
+    case n:                                                                                                            \
+        add_tile_of(kind, n, PANELS, t, sums, stride);                                                                 \
         break;
-INLINE void add_tile(enum kind kind, size_t rows, const int PANELS, const struct tile *t, float *sums,
-                     size_t stride) {
+INLINE void add_tile(enum kind kind, size_t rows, const int PANELS, const struct tile *t, float *sums, size_t stride) {
     switch (rows) {
         ROWS_CASE(1)
         ROWS_CASE(2)
