@@ -32,4 +32,4 @@ void linear_avx512(const void *args, size_t begin, size_t end, void *scratch);
 void gated_mlp_avx2(const void *args, size_t begin, size_t end, void *scratch);
 void gated_mlp_avx512(const void *args, size_t begin, size_t end, void *scratch);
 
-enum { ROWS_PER_BLOCK = 192 }; // rows of one item: a multiple of every rung's tile
+enum { ROWS_PER_BLOCK = 240 }; // rows of one item: a multiple of every rung's tile

@@ -62,9 +62,46 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
     for (size_t p = 0; p < panels; p++, t.b += t.b_panel) add_tile(kind, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
 }
 
+// sums (64) of the only row and up to four panels. A row at decode is bound by memory.
+INLINE void sum_one_row(enum kind kind, const struct linear_args *a, size_t pair, size_t panels, float *sums) {
+    const size_t words = words_of(kind, a->in_features);
+    struct tile t = {
+        .a = a->a,
+        .a_step = 1,
+        .b = a->panels + 2 * pair * words * 16,
+        .b_step = 16,
+        .b_panel = words * 16,
+        .num_words = words,
+    };
+    for (size_t i = 0; i < ONE_ROW_PANELS * 16; i += 16) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
+    if (panels == ONE_ROW_PANELS) {
+        add_tile_of(kind, 1, ONE_ROW_PANELS, &t, sums, 0);
+        return;
+    }
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) add_tile_of(kind, 1, 1, &t, sums + 16 * p, 0);
+}
+
 typedef void finish_row(const struct linear_args *a, size_t row, size_t pair, const float *sums);
 
+INLINE void product_of_one_row(const struct linear_args *a, size_t begin, size_t end, finish_row *finish) {
+    float sums[ONE_ROW_PANELS * 16] __attribute__((aligned(64)));
+    for (size_t pair = begin; pair < end; pair += 2) {
+        const size_t wanted = pair + 1 < end ? 4 : 2, left = a->num_panels - 2 * pair;
+        const size_t panels = left < wanted ? left : wanted;
+        if (a->kind == BF16)
+            sum_one_row(BF16, a, pair, panels, sums);
+        else
+            sum_one_row(F32, a, pair, panels, sums);
+        finish(a, 0, pair, sums);
+        if (panels > 2) finish(a, 0, pair + 1, sums + PAIR_COLUMNS);
+    }
+}
+
 INLINE void product(const struct linear_args *a, size_t begin, size_t end, finish_row *finish) {
+    if (a->rows == 1) {
+        product_of_one_row(a, begin, end, finish);
+        return;
+    }
     const size_t blocks = (a->rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
     float sums[TILE_ROWS * PAIR_COLUMNS] __attribute__((aligned(64)));
     for (size_t item = begin; item < end; item++) {
