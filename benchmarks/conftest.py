@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass, field
 from statistics import median
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -24,6 +23,8 @@ from .case import (
     cold_copies,
     copies,
     has_torch,
+    is_affordable,
+    kind_of,
     tensors,
     time_side_by_side,
     torch_form,
@@ -65,12 +66,13 @@ def rung(request):
 
 @pytest.fixture
 def race(request, rung, benchmark):
-    """race(name, *arguments, shape=, num_bytes=, flops=0, torch=None, cold=False, rtol=None, atol=1e-6)
+    """race(name, *arguments, shape=, num_bytes=, flops=0, torch=None, torch_arguments=None, cold=False, rtol=None,
+            atol=1e-6)
 
     Checks the native form of `name` against its twin on copies of the arguments, then times native, twin and `torch`
-    (a function of the same arguments, as tensors) side by side. `num_bytes` is what must be read from memory and
-    written to it, `flops` what must be computed: the least time for either is the machine's. `cold=True` takes the
-    arguments from memory at each call, as a layer's weights are.
+    side by side: a function of the same arguments, as tensors, or of `torch_arguments` where its layout is another.
+    `num_bytes` is what must be read from memory and written to it, `flops` what must be computed: the least time for
+    either is the machine's. `cold=True` takes the arguments from memory at each call, as a layer's weights are.
     """
     run = request.config.stash[RUN]
     option = request.config.option
@@ -81,15 +83,17 @@ def race(request, rung, benchmark):
         sets = cold_copies(arguments, run.machine) if cold else [copies(arguments)]
         return Runner(form, [convert(each) for each in sets], float(option.benchmark_max_time))
 
-    def race(name, *arguments, shape, num_bytes, flops=0, torch=None, cold=False, rtol=None, atol=1e-6):
+    def race(
+        name, *arguments, shape, num_bytes, flops=0, torch=None, torch_arguments=None, cold=False, rtol=None, atol=1e-6
+    ):
         native, reference = kernels.native(name), kernels.reference(name)
-        arrays = [a for a in arguments if isinstance(a, np.ndarray)]
-        rtol = RTOL[arrays[0].dtype] if rtol is None else rtol
+        kind, threads = kind_of(arguments), isa.get_num_threads()
+        rtol = RTOL[kind] if rtol is None else rtol
         assert_twins_agree(native, reference, arguments, rtol=rtol, atol=atol)
 
         peers = {"reference": runner(reference, arguments, cold)}
-        if torch and has_torch(isa.get_num_threads()):
-            peers["torch"] = runner(torch_form(torch), arguments, cold, tensors)
+        if torch and has_torch(threads) and is_affordable(flops, kind, threads):
+            peers["torch"] = runner(torch_form(torch), torch_arguments or arguments, cold, tensors)
         time_side_by_side(
             benchmark, runner(native, arguments, cold), list(peers.values()), blocks=option.benchmark_min_rounds
         )
@@ -99,14 +103,14 @@ def race(request, rung, benchmark):
         result = Result(
             operation=name,
             shape=shape,
-            dtype=str(arrays[0].dtype),
+            dtype=str(kind),
             rung=rung,
             native_seconds=benchmark.stats.stats.median,
             reference_seconds=medians["reference_seconds"],
             torch_seconds=medians.get("torch_seconds"),
             num_bytes=num_bytes,
             flops=flops,
-            cache=None if cold else cache_holding(num_bytes, run.machine, isa.get_num_threads()),
+            cache=None if cold else cache_holding(num_bytes, run.machine, threads),
         )
         run.results.append(result)
 
@@ -117,7 +121,7 @@ def pytest_terminal_summary(terminalreporter, config):
     run = config.stash[RUN]
     if not run.results:
         return
-    width = max(terminalreporter._tw.fullwidth, 120)  # where the output is no terminal, pytest says 80
+    width = max(terminalreporter._tw.fullwidth, 128)  # where the output is no terminal, pytest says 80
     console = Console(width=width, force_terminal=terminalreporter._tw.hasmarkup, highlight=False)
     for rung in run.rooflines:  # once more: a busy neighbour may have been there the first time
         isa.runtime.set_rung(rung)

@@ -30,7 +30,9 @@ def render(results: Sequence[Result], rooflines: Rooflines, title: str) -> Rende
         table.add_row(result.operation if new else "", *_cells(result, rooflines[result.rung]))
     limits = [Text.from_markup(f"machine  {describe_roofline(roofline)}") for roofline in rooflines.values()]
     note = "(L2): the data fits in that cache and may come faster than memory is read.  ×: the time relative to native."
-    return Group(table, *limits, Text(note, style="dim"), Text(), verdict(results), Text())
+    missing = "–: not there, or a call would take many seconds (bfloat16 where torch has no instruction for it)."
+    notes = [note] if all(result.torch_seconds for result in results) else [note, missing]
+    return Group(table, *limits, *(Text(each, style="dim") for each in notes), Text(), verdict(results), Text())
 
 
 def verdict(results: Sequence[Result]) -> Text:

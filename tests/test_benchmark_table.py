@@ -2,11 +2,14 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from rich.console import Console
 
-from benchmarks.case import Result, Runner, cold_copies
+from benchmarks.case import BF16, Result, Runner, assert_twins_agree, cold_copies, copies, kind_of
 from benchmarks.table import duration, render
 from pace import host
+from pace.reference.pack_linear import PackedLinear
+from pace.reference.sample import History
 from pace.roofline import Roofline
 
 ROOFLINES = {"avx512": Roofline(30e9, 200e9, 400e9, 2, "avx512")}
@@ -66,3 +69,32 @@ def test_cold_copies_do_not_fit_in_the_last_cache():
     sets = cold_copies([np.ones(1 << 16, np.float32), 1e-5], machine)
     assert sum(arrays[0].nbytes for arrays in sets) > 4 << 20
     assert len({arrays[0].ctypes.data for arrays in sets}) == len(sets)
+
+
+def packed():
+    return PackedLinear(np.ones((1, 8, 16, 2), BF16), 16, 16)
+
+
+def test_copies_reach_into_packed_weights_and_records():
+    history = History(np.zeros(3, np.int32), np.ones(3, np.int32), np.array([0, 3]))
+    arguments = (packed(), history, None, "relu")
+    weight, seen, *rest = copies(arguments)
+    assert (weight.out_features, type(seen), rest) == (16, History, [None, "relu"])
+    assert np.array_equal(seen.counts, history.counts)
+    assert not np.shares_memory(weight.panels, arguments[0].panels)
+    assert not np.shares_memory(seen.counts, history.counts)
+    assert kind_of((history, packed())) == BF16
+    machine = replace(host.describe(), l3_total_bytes=1 << 10)
+    assert len(cold_copies((packed(),), machine)) == 1 + 4096 // 512
+
+
+def test_twins_that_leave_another_weight_do_not_agree():
+    def spoil(weight):
+        weight.panels[0, 0, 3, 1] = 2
+
+    def keep(weight):
+        pass
+
+    assert_twins_agree(spoil, spoil, (packed(),), rtol=0, atol=0)
+    with pytest.raises(AssertionError, match="Mismatched elements: 1 / 256"):
+        assert_twins_agree(spoil, keep, (packed(),), rtol=0, atol=0)
