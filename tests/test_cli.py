@@ -237,7 +237,6 @@ def as_it_is(tiny, tmp_path):
         (as_it_is, [""], "the prompt is empty"),
         (as_it_is, [b"\xff"], "the prompt is not UTF-8"),
         (as_it_is, ["Hi", "--kv-cache-bytes", "10"], "kv_cache_bytes is 10; one block of this model takes"),
-        (as_it_is, ["Hi", "--kv-cache-bytes", "100P"], "no size"),
         (as_it_is, ["Hi", "--max-tokens", "500", "--kv-cache-bytes", "200K"], "do not fit the cache's"),
         (as_it_is, ["Hi", "--dtype", "int3"], "dtype is 'int3'; it must be auto, bfloat16 or float32"),
         (as_it_is, ["Hi", "--cache", "BAG"], "cache is 'BAG'; it must be SLAB_POOL"),
@@ -247,10 +246,8 @@ def as_it_is(tiny, tmp_path):
 def test_errors_are_one_line(tiny, tmp_path, model, arguments, message):
     arguments = [os.fsdecode(argument) for argument in arguments]
     result = run("generate", model(tiny, tmp_path), *arguments)
-    if "no size" not in message:
-        assert result.exit_code == 1
-        assert re.fullmatch(rf"pace: .*{message}.*\n", result.stderr), result.stderr
-    assert "Traceback" not in result.output
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"pace: .*{message}.*\n", result.stderr), result.stderr
 
 
 def test_debugging_shows_the_traceback(tmp_path):
@@ -280,7 +277,7 @@ def test_text_streams_through_a_pipe(endless):
     assert errors.count(b"\n") == 1
 
 
-def test_ctrl_c_while_the_model_loads(endless):
+def test_ctrl_c_before_the_answer(endless):
     fifo = endless.parent / "never-written"
     os.mkfifo(fifo)
     process = pace("generate", endless, "-", stdin=os.open(fifo, os.O_RDWR))
