@@ -29,7 +29,9 @@ def word(text):
 
 
 def write_tokenizer(path):
-    alphabet = [chr(byte) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD) else None for byte in range(256)]
+    alphabet = [
+        chr(byte) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD) else None for byte in range(256)
+    ]
     others = iter(range(256, 512))
     characters = [character or chr(next(others)) for character in alphabet]
     in_alphabet = ["".join(characters[byte] for byte in word.encode()) for word in WORDS]

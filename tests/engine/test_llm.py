@@ -287,7 +287,9 @@ def peer_logits(peer, tokens):
 def test_logprobs_are_transformers(llm, peer):
     prompt = byte_tokens("hello there")
     # Of the unmodified distribution, whatever is drawn from.
-    params = SamplingParams(temperature=0.7, top_k=5, seed=3, repetition_penalty=1.2, logprobs=4, max_tokens=12, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0.7, top_k=5, seed=3, repetition_penalty=1.2, logprobs=4, max_tokens=12, ignore_eos=True
+    )
     output = one(llm, params, prompt)
     expected = peer_logits(peer, prompt + output.token_ids).log_softmax(-1)[len(prompt) - 1 : -1].numpy()
     assert len(output.logprobs) == 12
@@ -361,7 +363,13 @@ print(llm.generate({SENTENCE!r}, params)[0].outputs[0].token_ids)
 """
     environment = {**os.environ, "PACE_ISA": "reference"}
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -450,12 +458,16 @@ def test_as_many_params_as_prompts(llm):
 
 def test_a_cache_that_is_too_small(directory, llm):
     block_bytes = llm.cache.tokens_needed(1) * llm.model.cache_shape.bytes_per_token
-    assert_refused(ValueError, f"kv_cache_bytes is 100; one block .* takes {block_bytes}", LLM, directory, kv_cache_bytes=100)
+    assert_refused(
+        ValueError, f"kv_cache_bytes is 100; one block .* takes {block_bytes}", LLM, directory, kv_cache_bytes=100
+    )
     small = LLM(directory, kv_cache_bytes=block_bytes)
     block = small.cache.tokens_needed(1)
     if block < 512:
         prompt, needed = [5] * block, 2 * block_bytes
-        assert_refused(ValueError, f"do not fit the cache's {block}: give kv_cache_bytes of {needed}", small.generate, [prompt])
+        assert_refused(
+            ValueError, f"do not fit the cache's {block}: give kv_cache_bytes of {needed}", small.generate, [prompt]
+        )
         assert len(one(LLM(directory, kv_cache_bytes=needed), greedy(max_tokens=1), prompt).token_ids) == 1
 
 
@@ -573,8 +585,14 @@ def test_no_such_model(tmp_path):
         ({"hidden_act": "mish"}, "hidden_act in config.json is 'mish'; supported are silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings in config.json is 'yes'; it must be true or false"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; .* default, linear, llama3"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters in config.json has factor None; rope_type linear needs"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_parameters in config.json has low_freq_factor None"),
+        (
+            {"rope_parameters": {"rope_type": "linear"}},
+            "rope_parameters in config.json has factor None; rope_type linear needs",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8}},
+            "rope_parameters in config.json has low_freq_factor None",
+        ),
     ],
 )
 def test_bad_configurations(broken, config, match):

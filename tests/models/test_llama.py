@@ -1,5 +1,6 @@
 """Llama against transformers: small random ones of awkward shapes, and SmolLM2."""
 
+import copy
 import json
 import pydoc_data.topics
 from dataclasses import replace
@@ -324,11 +325,11 @@ def smol_bfloat16(smollm2):
 @pytest.fixture(scope="module")
 def smol_peer(smollm2):
     """transformers' Llama with our reading of the file: what is compared is the model, not the dequantisation."""
-    with open_checkpoint(smollm2) as checkpoint, torch.device("meta"):
-        peer = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
-        tensors = {name: torch.tensor(checkpoint.read(name).astype(np.float32), device="cpu") for name in checkpoint.names()}
-    peer.to_empty(device="cpu")
-    peer.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    with open_checkpoint(smollm2) as checkpoint:
+        with torch.device("meta"):
+            peer = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
+        tensors = {name: torch.from_numpy(checkpoint.read(name).astype(np.float32)) for name in checkpoint.names()}
+    peer.load_state_dict(tensors, strict=False, assign=True)
     peer.tie_weights()
     return with_rope(peer.eval())
 
@@ -371,6 +372,13 @@ def test_smollm2_layer_by_layer(smol, smol_peer, smollm2, rung):
     assert_near(smol.model.logits(run(smol.model, tokens)), peer_logits(smol_peer, tokens))
 
 
+@pytest.fixture(scope="module")
+def smol_peer_bfloat16(smol_peer):
+    """transformers in float32 and in bfloat16, both with weights rounded to bfloat16."""
+    rounded = with_rope(copy.deepcopy(smol_peer).to(torch.bfloat16))
+    return with_rope(copy.deepcopy(rounded).float()), rounded
+
+
 def test_smollm2_bfloat16_is_as_near_to_float32_as_transformers_is(
     smol_bfloat16, smol_peer, smol_peer_bfloat16, smollm2, rung, record_property
 ):
@@ -381,16 +389,6 @@ def test_smollm2_bfloat16_is_as_near_to_float32_as_transformers_is(
     theirs = errors(peer_logits(peer, tokens), exact)
     record_property("ours / theirs", (ours / theirs).tolist())
     assert (ours <= BF16_ERRORS * theirs).all(), ours / theirs
-
-
-@pytest.fixture(scope="module")
-def smol_peer_bfloat16(smol_peer):
-    """transformers in float32 and in bfloat16, both with weights rounded to bfloat16."""
-    rounded = LlamaForCausalLM(smol_peer.config).to(torch.bfloat16).eval()
-    rounded.load_state_dict(smol_peer.state_dict())
-    exact = LlamaForCausalLM(smol_peer.config).eval()
-    exact.load_state_dict(rounded.state_dict())
-    return exact, with_rope(rounded)
 
 
 def perplexity(logits_of, tokens, window):
