@@ -20,8 +20,8 @@ class SamplingParams:
     same seed gives the same tokens, whatever else is in the batch; None draws one.
 
     max_tokens None goes on to the end of the context. Before min_tokens no token that ends the text is drawn. The text
-    ends before the first of the `stop` strings, an end-of-text token (unless ignore_eos) or one of stop_token_ids; after
-    it with include_stop_str_in_output.
+    ends before the first of the `stop` strings, an end-of-text token (unless ignore_eos) or one of stop_token_ids; with
+    include_stop_str_in_output after it.
 
     logprobs n gives, for every token, the log-probabilities of the n most probable tokens and of the token itself, of
     the unmodified distribution; 0 of the token alone.

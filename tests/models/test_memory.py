@@ -1,4 +1,4 @@
-"""Loading keeps one copy of the weights, whatever the checkpoint's dtype: pages of the file are given back on the way."""
+"""Loading keeps one copy of the weights: the pages of the file are given back on the way."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The operator framework: which backend is chosen, what is refused, what is logged; and the backends against each other."""
+"""The operators: which backend is chosen, what is refused, what is logged; and the backends against each other."""
 
 import json
 import logging
