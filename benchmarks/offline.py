@@ -7,7 +7,6 @@ spends outside of the kernels; beside read bandwidth and FMA peak, measured in t
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -114,12 +113,16 @@ def main() -> None:
         isa.set_num_threads(arguments.threads)
     model = arguments.model or str(random_model(cache_directory() / "benchmarks" / "llama-1b-random"))
     start = first_token(model)
-    print(f"first token {start['first_token_s']:.2f} s after process start; peak memory {start['peak_bytes'] / 1e6:.0f} MB, "
-          f"{start['over_bytes'] / 1e6:.0f} MB over weights and cache")
+    print(
+        f"first token {start['first_token_s']:.2f} s after process start; peak memory {start['peak_bytes'] / 1e6:.0f} MB, "
+        f"{start['over_bytes'] / 1e6:.0f} MB over weights and cache"
+    )
     llm = LLM(model, dtype=arguments.dtype, kv_cache_bytes=1 << 28)
     tokens = np.random.default_rng(1).integers(100, 250, PROMPT).tolist()
     params = SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True)
-    flops = 2 * PROMPT * (llm.model.bytes_per_step / llm.model.dtype.itemsize - llm.model.vocabulary * SHAPE["hidden_size"])
+    flops = (
+        2 * PROMPT * (llm.model.bytes_per_step / llm.model.dtype.itemsize - llm.model.vocabulary * SHAPE["hidden_size"])
+    )
     limits = roofline.measure()
     for _ in range(ROUNDS):
         output = llm.generate([tokens], params)[0]
@@ -128,10 +131,12 @@ def main() -> None:
         decode = (metrics.finished - metrics.first_token) / DECODE
         limits = roofline.best(limits, roofline.measure())
         read = llm.model.bytes_per_step + (PROMPT + DECODE / 2) * llm.model.cache_shape.bytes_per_token
-        print(f"{limits.rung}: prefill {PROMPT / prefill:.0f} tok/s, {flops / prefill / 1e9:.0f} GFLOP/s = "
-              f"{flops / prefill / limits.fma_flops:.0%} of the fp32 FMA peak; decode {1 / decode:.1f} tok/s, "
-              f"{read / decode / 1e9:.1f} GB/s = {read / decode / limits.read_bytes_per_second:.0%} of "
-              f"{limits.read_bytes_per_second / 1e9:.1f}")
+        print(
+            f"{limits.rung}: prefill {PROMPT / prefill:.0f} tok/s, {flops / prefill / 1e9:.0f} GFLOP/s = "
+            f"{flops / prefill / limits.fma_flops:.0%} of the fp32 FMA peak; decode {1 / decode:.1f} tok/s, "
+            f"{read / decode / 1e9:.1f} GB/s = {read / decode / limits.read_bytes_per_second:.0%} of "
+            f"{limits.read_bytes_per_second / 1e9:.1f}"
+        )
 
 
 if __name__ == "__main__":
