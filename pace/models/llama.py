@@ -21,6 +21,8 @@ class Layer:
 
 
 class Llama(Model):
+    """Pre-norm layers; the residual stream is kept in the model's dtype, and each norm adds to it what came before."""
+
     def __init__(self, config: Config, weights: Weights) -> None:
         hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         kv_heads = config.integer("num_key_value_heads", heads)
