@@ -12,6 +12,8 @@ from rich.text import Text
 from . import isa, kernels
 from .host import Host
 from .host import describe as describe_host
+from .models import DTYPES
+from .ops import registry
 from .roofline import Roofline, measure
 
 _PACKAGES = ("pace", "numpy", "ml_dtypes", "torch")
@@ -28,10 +30,14 @@ class Info:
     num_threads: int
     versions: dict[str, str | None]  # None: not installed
     roofline: Roofline | None
+    operators: dict[str, dict[str, list[str]]] | None  # the dtypes that each backend serves, by operator
+    missing_backends: dict[str, str]  # why they cannot run here
 
 
-def collect(*, roofline: bool = False) -> Info:
-    """Everything about this host and build; `roofline=True` measures the machine as well (half a second)."""
+def collect(*, roofline: bool = False, operators: bool = False) -> Info:
+    """Everything about this host and build; `roofline=True` measures the machine as well (half a second), and
+    `operators=True` asks every backend what it serves.
+    """
     return Info(
         host=describe_host(),
         rung=isa.RUNG,
@@ -40,6 +46,8 @@ def collect(*, roofline: bool = False) -> Info:
         num_threads=isa.get_num_threads(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         roofline=measure() if roofline else None,
+        operators={name: _served(name) for name in registry.OPERATORS} if operators else None,
+        missing_backends={name: why for name in registry.BACKENDS if (why := registry.missing(name)) is not None},
     )
 
 
@@ -50,7 +58,8 @@ def render(info: Info) -> RenderableType:
     table.add_column()
     for name, value in _rows(info):
         table.add_row(name, value)
-    return Group(Text(), table, Text(), _operations(info), Text())
+    second = _operations(info) if info.operators is None else _operators(info, info.operators)
+    return Group(Text(), table, Text(), second, Text())
 
 
 def report(*, roofline: bool = False) -> RenderableType:
@@ -113,6 +122,26 @@ def _operations(info: Info) -> Table:
     for name, rung in info.operations.items():
         table.add_row(name, f"[yellow]{rung}[/]" if rung == "reference" else rung)
     return table
+
+
+def _operators(info: Info, operators: dict[str, dict[str, list[str]]]) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2), pad_edge=False)
+    table.add_column("operator", style="cyan")
+    for backend in registry.BACKENDS:
+        table.add_column(backend)
+    for name, served in operators.items():
+        table.add_row(name, *(" ".join(served[backend]) or "[dim]–[/]" for backend in registry.BACKENDS))
+    reasons = [Text(f"{backend}: {why}", style="yellow") for backend, why in info.missing_backends.items()]
+    return Group(table, *reasons)
+
+
+def _served(operator: str) -> dict[str, list[str]]:
+    def serves(backend: str, dtype: registry.Dtype) -> bool:
+        return registry.missing(backend) is None and registry.serving(operator, backend, dtype) == backend
+
+    return {
+        backend: [name for name, dtype in DTYPES.items() if serves(backend, dtype)] for backend in registry.BACKENDS
+    }
 
 
 def _rung_of(name: str) -> str:

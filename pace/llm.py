@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class LLM:
             self.model = load_model(checkpoint, dtype, config, progress)
             end_tokens = checkpoint.generation_config.get("eos_token_id") or checkpoint.config.get("eos_token_id")
         self.tokenizer = Tokenizer.load(path)
-        self.end_tokens = _as_tokens(end_tokens) or self.tokenizer.eos_token_ids
+        named = _as_tokens(end_tokens) or self.tokenizer.eos_token_ids
+        self.end_tokens = frozenset(token for token in named if 0 <= token < self.model.vocabulary)
         capacity = kv_cache_bytes if kv_cache_bytes is not None else self._default_cache_bytes()
         self.cache = CACHES[cache](self.model.cache_shape, capacity, config)
         self.engine = Engine(self.model, self.cache, self.tokenizer)
@@ -77,12 +79,22 @@ class LLM:
         """
         listed = _as_prompts(prompts)
         requests = [self._request(p, s) for p, s in zip(listed, _as_params(sampling_params, len(listed)), strict=True)]
+        try:
+            self._run(requests, use_tqdm)
+        finally:  # of an interrupted call nothing is left behind
+            for request in requests:
+                self.engine.cancel(request)
+        return [request.output() for request in requests]
+
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> None:
         for request in requests:
             self.engine.add(request)
+        running = set(requests)
         with tqdm(total=len(requests), unit="prompt", disable=not use_tqdm) as bar:
-            while self.engine.unfinished:
-                bar.update(sum(request.finish_reason is not None for request in self.engine.step()))
-        return [request.output() for request in requests]
+            while running:
+                ended = {request for request in self.engine.step() if request.finish_reason is not None} & running
+                running -= ended
+                bar.update(len(ended))
 
     def chat(
         self,
@@ -103,20 +115,28 @@ class LLM:
         request = self._request(prompt, sampling_params or SamplingParams())
         self.engine.add(request)
         try:
-            while request.finish_reason is None:
-                if request in self.engine.step():
-                    yield request.output()
+            shown = 0
+            while True:
+                # The steps of another stream bring this one's tokens too.
+                while request.finish_reason is None and len(request.token_ids) == shown:
+                    self.engine.step()
+                shown = len(request.token_ids)
+                output = request.output()
+                yield output
+                if output.finished:
+                    return
         finally:
             self.engine.cancel(request)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         text = prompt if isinstance(prompt, str) else None
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
-        for token in tokens:
-            if not 0 <= token < self.model.vocabulary:
-                raise ValueError(f"token {token} of the prompt is outside the vocabulary of {self.model.vocabulary}")
+        self._check_tokens(tokens, "the prompt")
+        self._check_tokens(params.stop_token_ids, "stop_token_ids")
+        if (params.logprobs or 0) > self.model.vocabulary:
+            raise ValueError(f"logprobs is {params.logprobs}; the vocabulary has {self.model.vocabulary} tokens")
         max_tokens = self._room(len(tokens), params.max_tokens)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_tokens)
         detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens, follows_text=True)
@@ -129,6 +149,11 @@ class LLM:
             end_tokens=ends,
             stream=TextStream(detokenizer, params.stop, params.include_stop_str_in_output),
         )
+
+    def _check_tokens(self, tokens: Sequence[int], where: str) -> None:
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < self.model.vocabulary:
+                raise ValueError(f"token {token} of {where} is outside the vocabulary of {self.model.vocabulary}")
 
     def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """How many tokens of output there can be: as asked for, but within the model's context."""
@@ -149,8 +174,14 @@ def _as_tokens(value: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset(() if value is None else [value] if isinstance(value, int) else value)
 
 
+def _as_ids(prompt: Sequence[int]) -> list[int]:
+    """Of a list, or of a NumPy array or a torch tensor."""
+    ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    return ids
+
+
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Number)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -3,6 +3,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pace import isa
+
 # The rung is a fixture: it is set once for all examples of a test, which is what is meant.
 settings.register_profile("pace", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("pace")
@@ -23,6 +25,20 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("native_speed")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(params=["avx512"] if EMULATED else ["avx2", "avx512"])
+def rung(request):
+    """The rung that native kernels run on during the test."""
+    name = request.param
+    if name not in isa.AVAILABLE and not EMULATED:
+        if os.environ.get("PACE_REQUIRE_ISA") == name:
+            pytest.fail(f"PACE_REQUIRE_ISA={name}, but this host lacks {', '.join(isa.missing(name))}")
+        pytest.skip(f"rung {name}: this host lacks {', '.join(isa.missing(name))}")
+    before = isa.runtime.get_rung()
+    isa.runtime.set_rung(name)
+    yield name
+    isa.runtime.set_rung(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,16 @@ MAX_SEQUENCES = 256
 
 
 class Engine:
-    def __init__(self, model: Model, cache: KVCache, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        tokenizer: Tokenizer,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_sequences: int = MAX_SEQUENCES,
+    ) -> None:
         self.model, self.cache = model, cache
-        self.scheduler = Scheduler(cache, MAX_BATCH_TOKENS, MAX_SEQUENCES)
+        self.scheduler = Scheduler(cache, max_batch_tokens, max_sequences)
         self._sampler = Sampler(tokenizer)
 
     @property

@@ -103,8 +103,10 @@ class Request:
         self.token_ids.append(token)
         if self.params.penalises:
             self.counts[token] = self.counts.get(token, 0) + 1
-        self.stream.push(token)
-        if token in self.end_tokens:
+        ends = token in self.end_tokens
+        if not ends or self.params.include_stop_str_in_output:
+            self.stream.push(token)
+        if ends:
             self._finish("stop", token)
         elif self.stream.stopped_by is not None:
             self._finish("stop", self.stream.stopped_by)

@@ -8,6 +8,8 @@ import numpy as np
 
 from pace.reference.sample import SAMPLING_DTYPE
 
+_MOST = 1e6  # well within float32, which the kernel computes in
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -18,8 +20,8 @@ class SamplingParams:
     same seed gives the same tokens, whatever else is in the batch; None draws one.
 
     max_tokens None goes on to the end of the context. Before min_tokens no token that ends the text is drawn. The text
-    ends before the first of the `stop` strings (after it with include_stop_str_in_output), or at an end-of-text token
-    (unless ignore_eos) or one of stop_token_ids.
+    ends before the first of the `stop` strings, an end-of-text token (unless ignore_eos) or one of stop_token_ids; with
+    include_stop_str_in_output after it.
 
     logprobs n gives, for every token, the log-probabilities of the n most probable tokens and of the token itself, of
     the unmodified distribution; 0 of the token alone.
@@ -49,11 +51,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, fits, wanted in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= -1, "a count, or 0 or -1 for none"),
+            ("temperature", 0 <= self.temperature <= _MOST, f"from 0 to {_MOST}"),
+            ("top_k", -1 <= self.top_k < 2**31, "a count, or 0 or -1 for none"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 1 / _MOST <= self.repetition_penalty <= _MOST, f"from {1 / _MOST} to {_MOST}"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),

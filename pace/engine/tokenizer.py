@@ -230,8 +230,12 @@ def _backend(path: Path) -> Backend:
 
 def _converted(path: Path) -> Backend:
     """A tokenizer in an older form (vocab.json and merges.txt, tokenizer.model), which transformers can convert."""
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:
+        raise ModelError(
+            f"{path} has no tokenizer.json; for tokenizers in older forms, pip install 'pace[transformers]'"
+        ) from None
     try:
         backend: Backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
         return backend

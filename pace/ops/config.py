@@ -50,7 +50,10 @@ class OperatorConfig:
             return cls()
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             return cls.all(value)
-        chosen = json.loads(value) if isinstance(value, str) else dict(value)
+        try:
+            chosen = json.loads(value) if isinstance(value, str) else dict(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'operators is not JSON ({error}); it must be like {{"norm": "NATIVE"}}') from None
         unknown = sorted(set(chosen) - {field.name for field in fields(cls)})
         if unknown:
             known = ", ".join(field.name for field in fields(cls))

@@ -1,0 +1,5 @@
+"""`python -m pace`: the command `pace`."""
+
+from pace.cli import main
+
+main()

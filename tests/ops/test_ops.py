@@ -1,0 +1,226 @@
+"""The operators: which backend is chosen, what is refused, what is logged; and the backends against each other."""
+
+import json
+import logging
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from pace import isa, kernels
+from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, registry
+from pace.reference.pack_linear import pack_linear
+from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, draw, rng
+
+NAMES = [field.name for field in fields(OperatorConfig)]
+needs_native = pytest.mark.skipif(isa.RUNG == "reference", reason="the native kernels: this is the reference rung")
+
+
+def test_operators_are_those_of_the_registry():
+    assert list(registry.OPERATORS) == NAMES
+
+
+def test_the_default_is_the_first_backend_there_is():
+    assert OperatorConfig() == OperatorConfig.all(registry.available()[0])
+    assert registry.available()[0] == ("REFERENCE" if isa.RUNG == "reference" else "NATIVE")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"norm": "REFERENCE", "mlp": "NATIVE"},
+        '{"norm": "REFERENCE", "mlp": "NATIVE"}',
+        ' {"norm": "REFERENCE"}',
+        OperatorConfig(norm="REFERENCE"),
+    ],
+    ids=["mapping", "json", "spaced json", "config"],
+)
+def test_parse_some(value):
+    config = OperatorConfig.parse(value)
+    assert config.norm == "REFERENCE"
+    assert {getattr(config, name) for name in NAMES if name != "norm"} == {"NATIVE"}
+
+
+def test_parse_all_and_none():
+    assert OperatorConfig.parse("REFERENCE") == OperatorConfig.all("REFERENCE")
+    assert OperatorConfig.parse(None) == OperatorConfig.parse("") == OperatorConfig.parse({}) == OperatorConfig()
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ({"nrom": "NATIVE"}, "operator 'nrom' is unknown; there are norm, qkv_projection, rope, attention, .*lm_head"),
+        ({"norm": "FAST"}, "backend 'FAST' is unknown; there are NATIVE, REFERENCE"),
+        ("FAST", "backend 'FAST' is unknown; there are NATIVE, REFERENCE"),
+        ("native", "backend 'native' is unknown; there are NATIVE, REFERENCE"),
+        ('{"norm": ', "operators is not JSON"),
+        ('{"norm": 3}', "backend 3 is unknown"),
+    ],
+)
+def test_what_is_not_there(value, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        OperatorConfig.parse(value)
+    assert "\n" not in str(caught.value)
+
+
+class NormsOnly:
+    """A backend from outside, for norms in float32 only."""
+
+    calls = 0
+    reason: str | None = None
+
+    @classmethod
+    def missing(cls):
+        return cls.reason
+
+    @classmethod
+    def register_all(cls):
+        def counted(name):
+            def function(*args, **kwargs):
+                cls.calls += 1
+                return kernels.reference(name)(*args, **kwargs)
+
+            return function
+
+        registry.register("norm", "NORMS", {name: counted(name) for name in registry.OPERATORS["norm"]}, (F32,))
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    def clear():
+        registry.missing.cache_clear()
+        registry.resolve.cache_clear()
+
+    monkeypatch.setitem(registry.BACKENDS, "NORMS", "norms")
+    modules = registry.import_module
+    monkeypatch.setattr(registry, "import_module", lambda name: NormsOnly if name.endswith(".norms") else modules(name))
+    monkeypatch.setattr(NormsOnly, "calls", 0)
+    clear()
+    yield NormsOnly
+    clear()
+    for key in [key for key in registry._registry if key[1] == "NORMS"]:
+        del registry._registry[key]
+
+
+def test_a_backend_falls_back_where_it_does_not_serve_and_says_so_once(outside, caplog):
+    fallback = registry.available()[0]
+    config = OperatorConfig.all("NORMS")
+    with caplog.at_level(logging.WARNING, "pace"):
+        RMSNorm(config, F32, np.ones(8, np.float32), 1e-5)(np.ones((2, 8), np.float32))
+        assert caplog.messages == []
+        assert outside.calls == 1
+        for _ in range(2):
+            RMSNorm(config, BF16, np.ones(8, np.float32), 1e-5)(np.ones((2, 8), BF16))
+            RoPE(config, F32, np.ones((4, 2), np.float32), np.ones((4, 2), np.float32))
+    assert outside.calls == 1
+    assert caplog.messages == [
+        f"NORMS does not serve norm in bfloat16: using {fallback}",
+        f"NORMS does not serve rope in float32: using {fallback}",
+    ]
+
+
+def test_a_backend_that_cannot_run_here(outside, monkeypatch):
+    monkeypatch.setattr(outside, "reason", "libnorms is not installed")
+    there = ", ".join(registry.available())
+    assert "NORMS" not in there
+    with pytest.raises(
+        ValueError, match=f"mlp asks for backend NORMS, but libnorms is not .*; available here: {there}"
+    ):
+        OperatorConfig(mlp="NORMS")
+
+
+def test_a_dtype_that_nobody_serves():
+    with pytest.raises(TypeError, match="no backend serves norm in float16"):
+        OperatorConfig().resolve("norm", np.dtype(np.float16))
+
+
+def test_registering_too_few_functions():
+    with pytest.raises(ValueError, match="HALF registers norm without add_layer_norm, add_rms_norm, layer_norm"):
+        registry.register("norm", "HALF", {"rms_norm": print}, (F32,))
+
+
+# --- each operator on both backends ---
+
+HIDDEN, INNER, ROWS = 45, 77, 7
+# A sum of 77 products in another order; bfloat16: two roundings on the way, and terms that cancel.
+CLOSE = {F32: {"rtol": 1e-5, "atol": 1e-4}, BF16: {"rtol": 2 * BF16_RTOL, "atol": 0.1}}
+
+
+def pack(kind, rows, columns, gated=False):
+    weight = pack_linear(draw(rng(rows, columns), (rows * (1 + gated), columns), kind, scale=0.2))
+    if not gated:
+        return weight
+    from pace.reference.pack_linear import PackedLinear
+
+    packed = PackedLinear.empty(rows, columns, kind, gated=True)
+    for first in range(2):
+        pack_linear(draw(rng(rows, first), (rows, columns), kind, scale=0.2), packed, first, 2)
+    return packed
+
+
+def vector(size):
+    return draw(rng(size), size)
+
+
+def rows(kind, columns=HIDDEN):
+    return draw(rng(columns, 1), (ROWS, columns), kind)
+
+
+def norm(make):
+    def call(config, kind):
+        x, residual = rows(kind), rows(kind) + rows(kind)
+        operator = make(config, kind)
+        return operator(x), operator(x, residual), residual
+
+    return call
+
+
+def rope(config, kind):
+    q, k = (draw(rng(n), (ROWS, n, 12), kind) for n in (4, 2))
+    angles = np.arange(20, dtype=np.float32)[:, None] * np.linspace(0.1, 1, 6, dtype=np.float32)
+    RoPE(config, kind, np.cos(angles), np.sin(angles))(q, k, np.arange(3, 3 + ROWS, dtype=np.int32))
+    return q, k
+
+
+def linear(config, kind):
+    operator = Linear("qkv_projection", config, kind, pack(kind, INNER, HIDDEN), vector(INNER))
+    return operator(rows(kind)), operator(rows(kind), "silu", rows(kind, INNER))
+
+
+def mlp(config, kind):
+    gate_up, down = pack(kind, INNER, HIDDEN, gated=True), pack(kind, HIDDEN, INNER)
+    return (GatedMLP(config, kind, gate_up, down, "silu", vector(2 * INNER), vector(HIDDEN))(rows(kind)),)
+
+
+def lm_head(config, kind):
+    head = LMHead(config, kind, pack(kind, INNER, HIDDEN), pack(kind, INNER + 3, HIDDEN))
+    embedded = head.embed(np.array([0, 76, 15, 16], np.int32))
+    logits = head.logits(rows(kind))
+    assert logits.dtype == np.float32
+    return embedded, logits
+
+
+OPERATORS = {
+    "rms_norm": norm(lambda config, kind: RMSNorm(config, kind, vector(HIDDEN), 1e-5)),
+    "layer_norm": norm(lambda config, kind: LayerNorm(config, kind, vector(HIDDEN), vector(HIDDEN), 1e-5)),
+    "layer_norm without bias": norm(lambda config, kind: LayerNorm(config, kind, vector(HIDDEN), None, 1e-5)),
+    "rope": rope,
+    "linear": linear,
+    "mlp": mlp,
+    "lm_head": lm_head,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_backends_agree(rung, operator, kind):
+    native, reference = (OPERATORS[operator](OperatorConfig.all(name), kind) for name in ("NATIVE", "REFERENCE"))
+    for ours, expected in zip(native, reference, strict=True):
+        assert ours.dtype == expected.dtype
+        np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), **CLOSE[kind])
+
+
+def test_json_of_a_command_line():
+    chosen = dict.fromkeys(NAMES, "REFERENCE")
+    assert OperatorConfig.parse(json.dumps(chosen)) == OperatorConfig.all("REFERENCE")
