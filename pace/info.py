@@ -21,6 +21,8 @@ _PACKAGES = ("pace", "numpy", "ml_dtypes", "torch")
 
 @dataclass(frozen=True)
 class Info:
+    """What `pace info` prints, as data."""
+
     host: Host
     rung: str
     missing: dict[str, list[str]]  # what this host or build lacks, by each higher rung that it cannot run
@@ -61,6 +63,7 @@ def render(info: Info) -> RenderableType:
 
 
 def report(*, roofline: bool = False) -> RenderableType:
+    """`collect`, rendered."""
     return render(collect(roofline=roofline))
 
 

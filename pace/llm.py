@@ -74,6 +74,8 @@ class LLM:
         """Complete each prompt, a text or its token ids; results in the order of the prompts.
 
         All prompts go through the model together. Each may have its own SamplingParams, or all share one.
+        ValueError for a prompt that is empty, that has tokens which the model lacks, or that does not fit the model's
+        context or the cache; then none of them runs.
         """
         listed = _as_prompts(prompts)
         requests = [self._request(p, s) for p, s in zip(listed, _as_params(sampling_params, len(listed)), strict=True)]

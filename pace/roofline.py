@@ -20,6 +20,8 @@ _MATMUL_SIZE = 768
 
 @dataclass(frozen=True)
 class Roofline:
+    """The best rates that were measured, of all threads together."""
+
     read_bytes_per_second: float
     fma_flops: float  # floating-point operations a second, float32
     bf16_flops: float  # the same with bfloat16 inputs; the rung avx512 has an instruction for it

@@ -28,11 +28,14 @@ class CacheShape:
 
     @property
     def bytes_per_token(self) -> int:
+        """Of keys and values, in all layers."""
         return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CacheStats:
+    """How full a cache is, over all layers."""
+
     used_tokens: int  # of all sequences
     capacity_tokens: int
     used_bytes: int  # of blocks that sequences hold, full or not
@@ -63,7 +66,11 @@ class KVCache(ABC):
     @abstractmethod
     def __init__(
         self, shape: CacheShape, capacity_bytes: int, operators: OperatorConfig, block_tokens: int | None = None
-    ) -> None: ...
+    ) -> None:
+        """At most `capacity_bytes`, in blocks of `block_tokens` tokens, a multiple of 16 (None: the cache chooses).
+
+        ValueError where not even one block fits.
+        """
 
     @abstractmethod
     def allocate(self) -> int:
@@ -82,21 +89,24 @@ class KVCache(ABC):
 
     @abstractmethod
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget all tokens of a sequence but its first `length`."""
+        """Forget all tokens of a sequence but its first `length`. ValueError where it has fewer."""
 
     @abstractmethod
     def fork(self, sequence: int) -> int:
         """A new sequence with the same tokens. CacheFull where there is no room."""
 
     @abstractmethod
-    def free(self, sequence: int) -> None: ...
+    def free(self, sequence: int) -> None:
+        """Give back all that a sequence holds. Its number is no sequence's from then on."""
 
     @abstractmethod
-    def length(self, sequence: int) -> int: ...
+    def length(self, sequence: int) -> int:
+        """How many tokens a sequence has."""
 
     @abstractmethod
     def tokens_needed(self, num_tokens: int) -> int:
         """Capacity that a sequence of num_tokens takes, in tokens: they come in blocks."""
 
     @abstractmethod
-    def stats(self) -> CacheStats: ...
+    def stats(self) -> CacheStats:
+        """How full the cache is now."""

@@ -32,6 +32,8 @@ class _Sequence:
 
 
 class SlabPool(KVCache):
+    """A block belongs to one sequence; `fork` copies."""
+
     def __init__(
         self, shape: CacheShape, capacity_bytes: int, operators: OperatorConfig, block_tokens: int | None = None
     ) -> None:

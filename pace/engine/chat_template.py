@@ -50,6 +50,7 @@ _environment.filters["tojson"] = _tojson
 
 
 def compile_template(source: str) -> Template:
+    """ValueError where it is not Jinja."""
     try:
         return _environment.from_string(source)
     except TemplateError as error:

@@ -29,9 +29,11 @@ class Engine:
 
     @property
     def unfinished(self) -> bool:
+        """Whether any request waits or runs: `step` needs one."""
         return self.scheduler.unfinished
 
     def add(self, request: Request) -> None:
+        """Queue a request; it must fit the model's context and the cache (LLM checks that)."""
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:

@@ -29,6 +29,8 @@ class Metrics:
 
 @dataclass
 class CompletionOutput:
+    """What the model wrote, so far. Log-probabilities are natural logarithms; None where they were not asked for."""
+
     index: int
     text: str
     token_ids: list[int]
@@ -41,6 +43,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
+    """A request as its user sees it; `outputs` has one element, `prompt` is None where token ids were given."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
@@ -77,6 +81,7 @@ class Request:
 
     @property
     def prefilled(self) -> bool:
+        """Whether the whole prompt has been through the model."""
         return self.computed >= len(self.prompt_token_ids)
 
     @property
@@ -122,6 +127,7 @@ class Request:
         self.metrics.finished = time.perf_counter()
 
     def output(self) -> RequestOutput:
+        """What there is now; its `new_text` is what came since this was last called."""
         new_text = self.stream.text[self._shown :]
         self._shown = len(self.stream.text)
         asked = self.params.logprobs is not None

@@ -13,6 +13,8 @@ from .tokenizer import Tokenizer
 
 
 class Sampler:
+    """Draws for many requests in one call of the kernel; the tokenizer names tokens in log-probabilities."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
@@ -71,4 +73,5 @@ def bans(requests: Sequence[Request]) -> Bias | None:
 
 
 def starts(counts: Sequence[int]) -> np.ndarray:
+    """Where each row begins, and where the last one ends, (rows + 1,) int64."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

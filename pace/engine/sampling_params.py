@@ -25,6 +25,8 @@ class SamplingParams:
 
     logprobs n gives, for every token, the log-probabilities of the n most probable tokens and of the token itself, of
     the unmodified distribution; 0 of the token alone.
+
+    ValueError for a value out of its range, with the range.
     """
 
     temperature: float = 1.0
@@ -68,6 +70,7 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
+        """Whether any penalty is on, so that what was said has to be counted."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
     def row(self) -> np.ndarray:

@@ -21,10 +21,13 @@ class Batch:
 
     @property
     def complete(self) -> list[int]:
+        """Indices into `requests`, once the batch has been through the model."""
         return [i for i, request in enumerate(self.requests) if request.prefilled]
 
 
 class Scheduler:
+    """`max_batch_tokens` bounds the prompts' tokens in a batch, `max_sequences` the requests that run at once."""
+
     def __init__(self, cache: KVCache, max_batch_tokens: int, max_sequences: int) -> None:
         self.cache, self.max_batch_tokens, self.max_sequences = cache, max_batch_tokens, max_sequences
         self._waiting: deque[Request] = deque()
@@ -39,6 +42,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def next_batch(self) -> Batch:
+        """Admit whom there is room for; then pieces of prompts, or one token of everybody if no prompt is left."""
         self._admit()
         prefilling = [request for request in self._running if not request.prefilled]
         batch = self._prompts(prefilling) if prefilling else Batch(self._running[:], [])

@@ -15,6 +15,7 @@ class TextStream:
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> None:
+        """The next token; `stopped_by` is set where its text completes a stop string."""
         self._add(self._detokenizer.push(token))
 
     def finish(self) -> None:

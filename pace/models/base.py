@@ -10,6 +10,8 @@ Ints = Array
 
 
 class Model(ABC):
+    """An architecture with its weights. It keeps nothing of a sequence: keys and values are the cache's."""
+
     dtype: Dtype
     cache_shape: CacheShape
     vocabulary: int

@@ -37,14 +37,16 @@ class Checkpoint(ABC):
         """Every tensor, in the order of the files."""
 
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor. ModelError, here and below, for a name that the checkpoint lacks."""
 
     @abstractmethod
     def dtype(self, name: str) -> DType:
         """What `read` gives: the dtype on disk, or float32 for a quantised tensor."""
 
     @abstractmethod
-    def read(self, name: str) -> Array: ...
+    def read(self, name: str) -> Array:
+        """The whole tensor."""
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> Array:

@@ -19,6 +19,8 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Config:
+    """Each reader raises ModelError for a value of another type, or for one that is missing and has no default."""
+
     values: Mapping[str, Any]
 
     def integer(self, key: str, default: int | None = None) -> int:

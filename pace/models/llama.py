@@ -21,6 +21,8 @@ class Layer:
 
 
 class Llama(Model):
+    """Pre-norm layers; the residual stream is kept in the model's dtype, and each norm adds to it what came before."""
+
     def __init__(self, config: Config, weights: Weights) -> None:
         hidden = config.integer("hidden_size")
         heads, kv_heads, head_dim = config.heads(hidden)

@@ -12,6 +12,8 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class MappedFile:
+    """ModelError for a file that cannot be read, is empty, or is a git-lfs pointer."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:

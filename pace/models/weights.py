@@ -60,6 +60,7 @@ class Weights:
         self._left.discard(name)
 
     def vector(self, name: str, size: int) -> Float:
+        """A norm's weight or a bias, (size,); float32 whatever the model's dtype."""
         self._take(name, (size,))
         values = self.checkpoint.read(name).astype(np.float32)
         if np.isnan(values).any():
@@ -78,6 +79,7 @@ class Weights:
     def gated_mlp(
         self, gate: str, up: str, down: str, hidden: int, inner: int, activation: str, bias: bool
     ) -> GatedMLP:
+        """gate and up are (inner, hidden), down is (hidden, inner); with `bias` all three have one."""
         gate_up = PackedLinear.empty(inner, hidden, self.dtype, gated=True)
         for first, name in enumerate((gate, up)):
             self._pack(f"{name}.weight", (inner, hidden), gate_up, first, 2)
@@ -96,6 +98,7 @@ class Weights:
         return RMSNorm(self.operators, self.dtype, self.vector(f"{name}.weight", size), eps)
 
     def lm_head(self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool) -> LMHead:
+        """Two tables of (vocabulary, hidden); one for both where they are tied."""
         table = self._packed([embedding], [vocabulary], hidden)
         if tied:
             self.ignore(head)

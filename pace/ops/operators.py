@@ -12,6 +12,8 @@ from .registry import Dtype
 
 
 class RMSNorm:
+    """weight is (hidden,) float32."""
+
     def __init__(self, config: OperatorConfig, dtype: Dtype, weight: Float, eps: float) -> None:
         self._functions = config.resolve("norm", dtype)
         self.weight, self.eps = weight, eps
@@ -24,6 +26,8 @@ class RMSNorm:
 
 
 class LayerNorm:
+    """weight and bias are (hidden,) float32."""
+
     def __init__(self, config: OperatorConfig, dtype: Dtype, weight: Float, bias: Float | None, eps: float) -> None:
         self._functions = config.resolve("norm", dtype)
         self.weight, self.bias, self.eps = weight, bias, eps
@@ -78,9 +82,11 @@ class LMHead:
         self.embedding, self.head = embedding, head
 
     def embed(self, tokens: Array) -> Array:
+        """(tokens, hidden), of tokens (tokens,) int32."""
         return self._functions.embed(tokens, self.embedding)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Array) -> Float:
+        """(rows, vocabulary) float32, of hidden (rows, hidden)."""
         return self._functions.linear(hidden, self.head, out_dtype=np.float32)  # type: ignore[no-any-return]
 
 

@@ -38,6 +38,8 @@ BACKENDS = {"NATIVE": "native", "REFERENCE": "reference"}
 
 @dataclass(frozen=True)
 class Registration:
+    """What a backend serves an operator with."""
+
     functions: Mapping[str, Function]
     dtypes: tuple[Dtype, ...]
 

@@ -40,6 +40,8 @@ class Bias(NamedTuple):
 
 
 class Sampled(NamedTuple):
+    """What `sample` gives; all but the tokens is None unless log-probabilities were asked for."""
+
     tokens: Int  # (rows,); -1 where the row had no distribution to draw from
     logprobs: Float | None  # (rows,)
     ranks: Int | None  # (rows,): the token's place in the row, from 1
