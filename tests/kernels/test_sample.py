@@ -262,6 +262,7 @@ def test_logprobs_are_those_of_the_unmodified_logits(form):
 
 
 @pytest.mark.parametrize("fields", [{}, {"top_k": 6}, {"top_p": 0.9}], ids=str)
+@pytest.mark.native_speed
 def test_draws_follow_the_distribution(form, fields):
     x, rows = np.linspace(0, 3, 10, dtype=np.float32)[None], 20000
     result = form(np.repeat(x, rows, axis=0), params_of(rows, **fields), rng(2).random(rows))
