@@ -10,13 +10,20 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-PROMPT, DECODE, ROUNDS = 512, 128, 3
+from pace import LLM, SamplingParams, isa, kernels, roofline
+from pace.models.hub import cache_directory
+from pace.ops import registry
+from pace.reference.arrays import bfloat16, float32
+
+PROMPT, DECODE, ROUNDS, CACHE_BYTES = 512, 128, 3, 1 << 28
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -34,11 +41,14 @@ SHAPE = {
 }
 # The first token of a process: what a user waits for after pressing return.
 FIRST_TOKEN = """
-import resource, sys, time
+import sys, time
+from pathlib import Path
 from pace import LLM, SamplingParams
-llm = LLM(sys.argv[1], kv_cache_bytes=1 << 28)
-next(iter(llm.stream(list(range(100, 116)), SamplingParams(temperature=0, max_tokens=2))))
-print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, llm.model.weight_bytes)
+llm = LLM(sys.argv[1], kv_cache_bytes=int(sys.argv[2]))
+next(llm.stream(list(range(100, 116)), SamplingParams(temperature=0, max_tokens=2)))
+at = time.time()
+peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+print(at, int(peak) * 1024, llm.model.weight_bytes)
 """
 
 
@@ -73,8 +83,6 @@ def random_model(directory: Path) -> Path:
             tensors[f"{name}.{norm}.weight"] = np.ones(hidden, ml_dtypes.bfloat16)
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(SHAPE))
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,19 +93,74 @@ def random_model(directory: Path) -> Path:
 
 def first_token(model: str) -> dict[str, float]:
     started = time.time()
-    done = subprocess.run([sys.executable, "-c", FIRST_TOKEN, model], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_TOKEN, model, str(CACHE_BYTES)], check=True, capture_output=True, text=True
+    )
     at, peak, weights = map(float, done.stdout.split())
-    return {"first_token_s": at - started, "peak_bytes": peak, "over_bytes": peak - weights - (1 << 28)}
+    return {"first_token_s": at - started, "peak_bytes": peak, "over_bytes": peak - weights - CACHE_BYTES}
 
 
-def kernel_seconds(step, names: list[str]) -> tuple[float, float]:
-    """Wall time of a call, and how much of it went by in the functions of the operators (native bindings)."""
-    from pace._kernels import runtime
+class Stopwatch:
+    """How long the functions of the operators take, bindings included."""
 
-    del runtime, names
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, function):
+        def timed(*arguments, **named):
+            began = time.perf_counter()
+            result = function(*arguments, **named)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        return timed
+
+    def install(self) -> None:
+        """Have NATIVE's functions timed, for models that are built from now on."""
+        assert registry.missing("NATIVE") is None
+        for operator, names in registry.OPERATORS.items():
+            functions = {name: self.wrap(kernels.native(name)) for name in names}
+            registry.register(operator, "NATIVE", functions, (float32, bfloat16))
+        registry.resolve.cache_clear()
+        kernels.sample = self.wrap(kernels.sample)
+
+
+class MemoryRate:
+    """Bytes a second that all threads read from memory right now: it changes with what else the machine does."""
+
+    def __init__(self) -> None:
+        self._native = import_module("pace._kernels.roofline.roofline")
+        self._buffer = np.empty(256 << 20, np.uint8)
+        self._native.touch(self._buffer)
+
+    def measure(self) -> float:
+        began = time.perf_counter()
+        return self._native.read(self._buffer) / (time.perf_counter() - began)
+
+
+def decode_beside_reads(llm: LLM, tokens: list[int], watch: Stopwatch, memory: MemoryRate) -> dict[str, np.ndarray]:
+    """One token after the other, memory's rate measured before and after each: what each step reached of it."""
+    stream = llm.stream(tokens, SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True))
     began = time.perf_counter()
-    step()
-    return time.perf_counter() - began, 0.0
+    next(stream)
+    figures: dict[str, list[float]] = {"prefill": [time.perf_counter() - began]}
+    before = memory.measure()
+    for step in range(DECODE):
+        watch.seconds, began = 0.0, time.perf_counter()
+        next(stream)
+        seconds = time.perf_counter() - began
+        after = memory.measure()
+        num_bytes = llm.model.bytes_per_step + (len(tokens) + step) * llm.model.cache_shape.bytes_per_token
+        for name, value in (
+            ("step", seconds),
+            ("rate", num_bytes / seconds),
+            ("share", num_bytes / seconds / ((before + after) / 2)),
+            ("outside", 1 - watch.seconds / seconds),
+        ):
+            figures.setdefault(name, []).append(value)
+        before = after
+    stream.close()
+    return {name: np.array(values) for name, values in figures.items()}
 
 
 def main() -> None:
@@ -106,36 +169,32 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    from pace import LLM, SamplingParams, isa, roofline
-    from pace.models.hub import cache_directory
-
     if arguments.threads:
         isa.set_num_threads(arguments.threads)
     model = arguments.model or str(random_model(cache_directory() / "benchmarks" / "llama-1b-random"))
+
     start = first_token(model)
-    print(
-        f"first token {start['first_token_s']:.2f} s after process start; peak memory {start['peak_bytes'] / 1e6:.0f} MB, "
-        f"{start['over_bytes'] / 1e6:.0f} MB over weights and cache"
-    )
-    llm = LLM(model, dtype=arguments.dtype, kv_cache_bytes=1 << 28)
+    peak, over = start["peak_bytes"] / 1e6, start["over_bytes"] / 1e6
+    print(f"first token {start['first_token_s']:.2f} s after process start")
+    print(f"peak memory {peak:.0f} MB, {over:.0f} MB over weights and cache")
+
+    watch, memory = Stopwatch(), MemoryRate()
+    watch.install()
+    llm = LLM(model, dtype=arguments.dtype, kv_cache_bytes=CACHE_BYTES)
     tokens = np.random.default_rng(1).integers(100, 250, PROMPT).tolist()
-    params = SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True)
-    flops = (
-        2 * PROMPT * (llm.model.bytes_per_step / llm.model.dtype.itemsize - llm.model.vocabulary * SHAPE["hidden_size"])
-    )
+    multiplied = (llm.model.bytes_per_step - llm.model.head.head.nbytes) / llm.model.dtype.itemsize
+    flops = 2 * PROMPT * multiplied  # the head is multiplied for the last token only; attention is not counted
     limits = roofline.measure()
     for _ in range(ROUNDS):
-        output = llm.generate([tokens], params)[0]
-        metrics = output.metrics
-        prefill = metrics.first_token - metrics.arrived
-        decode = (metrics.finished - metrics.first_token) / DECODE
+        figures = decode_beside_reads(llm, tokens, watch, memory)
         limits = roofline.best(limits, roofline.measure())
-        read = llm.model.bytes_per_step + (PROMPT + DECODE / 2) * llm.model.cache_shape.bytes_per_token
+        rate, prefill = flops / figures["prefill"][0], PROMPT / figures["prefill"][0]
+        step, share, outside = (float(np.median(figures[name])) for name in ("step", "share", "outside"))
         print(
-            f"{limits.rung}: prefill {PROMPT / prefill:.0f} tok/s, {flops / prefill / 1e9:.0f} GFLOP/s = "
-            f"{flops / prefill / limits.fma_flops:.0%} of the fp32 FMA peak; decode {1 / decode:.1f} tok/s, "
-            f"{read / decode / 1e9:.1f} GB/s = {read / decode / limits.read_bytes_per_second:.0%} of "
-            f"{limits.read_bytes_per_second / 1e9:.1f}"
+            f"{limits.rung} · prefill {prefill:.0f} tok/s, {rate / 1e9:.0f} GFLOP/s, {rate / limits.fma_flops:.0%} of "
+            f"the fp32 FMA peak, {rate / limits.bf16_flops:.0%} of the bf16 peak · decode {1 / step:.1f} tok/s, "
+            f"{np.median(figures['rate']) / 1e9:.1f} GB/s, {share:.0%} of memory's rate beside it, "
+            f"{outside:.1%} outside of kernels"
         )
 
 

@@ -102,10 +102,10 @@ INLINE void product(const struct linear_args *a, size_t begin, size_t end, finis
         product_of_one_row(a, begin, end, finish);
         return;
     }
-    const size_t blocks = (a->rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
+    const size_t pairs = (a->num_panels + 1) / 2;
     float sums[TILE_ROWS * PAIR_COLUMNS] __attribute__((aligned(64)));
     for (size_t item = begin; item < end; item++) {
-        const size_t pair = item / blocks, block_begin = item % blocks * ROWS_PER_BLOCK;
+        const size_t pair = item % pairs, block_begin = item / pairs * ROWS_PER_BLOCK;
         const size_t left = a->rows - block_begin;
         const size_t block_end = block_begin + (left < ROWS_PER_BLOCK ? left : ROWS_PER_BLOCK);
         for (size_t row = block_begin; row < block_end; row += TILE_ROWS) {
