@@ -44,6 +44,22 @@ def test_is_two_linears_and_a_product(native):
     assert np.array_equal(native("gated_mlp")(x, packed), expected)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_out_are_those_of_linear(native, activation):
+    gate = np.array([np.nan, np.inf, -np.inf, 10, -10, 1e4, -1e4, 1e30, -1e30], np.float32)
+    packed = PackedLinear.empty(1, 2, F32, gated=True)
+    pack_linear(np.array([[1, 0]], np.float32), packed, 0, 2)
+    pack_linear(np.array([[0, 1]], np.float32), packed, 1, 2)
+    bias = np.zeros(2, np.float32)
+    one = pack_linear(np.ones((1, 1), np.float32))
+    for product, plain in ((native("gated_mlp"), native("linear")), (gated_mlp, linear)):
+        for value, expected in zip(gate, plain(gate[:, None], one, activation=activation)[:, 0], strict=True):
+            bias[:] = value, 3  # 0 times an infinity in x would be NaN
+            actual = product(np.zeros((1, 2), np.float32), packed, bias, activation)
+            np.testing.assert_array_equal(actual, [[expected * np.float32(3)]])
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_writes_only_its_rows_the_same_in_any_batch_on_any_number_of_threads(native, kind):
     _, x, weight = case(5, 230, 100, 45, kind)

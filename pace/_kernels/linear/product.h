@@ -28,7 +28,7 @@ INLINE __m512 gelu_tanh(__m512 x) {
 INLINE __m512 activate(enum activation activation, __m512 x) {
     switch (activation) {
     case RELU:
-        return _mm512_max_ps(x, _mm512_setzero_ps());
+        return _mm512_max_ps(_mm512_setzero_ps(), x); // the operand order keeps a NaN
     case GELU_ERF:
         return gelu_erf(x);
     case GELU_TANH:
