@@ -5,7 +5,13 @@
 INLINE __m512i words_of_row(enum kind kind, enum kind panel_kind, const void *row, size_t word, size_t columns) {
     if (panel_kind == F32) return _mm512_castps_si512(load(kind, row, word, first16(columns - word)));
     const size_t i = 2 * word, left = columns - i;
-    if (kind == BF16 && left >= 32) return _mm512_loadu_si512(at(kind, row, i));
+    if (kind == BF16) { // a copy: through float32, denormals would be flushed
+        if (left >= 32) return _mm512_loadu_si512(at(kind, row, i));
+        const __m256i low = _mm256_maskz_loadu_epi16(first16(left), at(kind, row, i));
+        const __m256i high =
+            left > 16 ? _mm256_maskz_loadu_epi16(first16(left - 16), at(kind, row, i + 16)) : _mm256_setzero_si256();
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
     const __m512 low = load(kind, row, i, first16(left));
     const __m512 high = left > 16 ? load(kind, row, i + 16, first16(left - 16)) : _mm512_setzero_ps();
     return _mm512_inserti64x4(_mm512_castsi256_si512(bits_of_bf16x16(_mm512_cvtneps_pbh(low))),
