@@ -188,8 +188,8 @@ INLINE void begin_split(const struct work *w) {
     clear(w->values, w->rows * w->padded_dim, 0);
 }
 
-// Asks for the keys and values of a step while the one before is computed. The CPU's own prefetching loses the thread where
-// groups of keys and of values alternate: a decode over a long context waited for memory half of its time.
+// Asks for the keys and values of a step while the one before is computed. The CPU's own prefetching loses the thread
+// where groups of keys and of values alternate: a decode over a long context waited for memory half of its time.
 INLINE void fetch_ahead(const struct work *w, enum kind kind, size_t step, size_t end) {
     const size_t bytes = GROUP * w->head_dim * bytes_of(kind);
     for (size_t token = step; token < smaller(step + STEP, end); token += GROUP) {

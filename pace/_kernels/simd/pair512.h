@@ -49,14 +49,9 @@ EACH_PS(pair_mul_ps, _mm256_mul_ps(x, y))
 EACH_PS(pair_div_ps, _mm256_div_ps(x, y))
 EACH_PS(pair_max_ps, _mm256_max_ps(x, y))
 EACH_PS(pair_min_ps, _mm256_min_ps(x, y))
-EACH_PS(pair_and_ps, _mm256_and_ps(x, y))
-EACH_PS(pair_or_ps, _mm256_or_ps(x, y))
 EACH_PS(pair_xor_ps, _mm256_xor_ps(x, y))
 EACH_EPI(pair_add_epi32, _mm256_add_epi32(x, y))
-EACH_EPI(pair_sub_epi32, _mm256_sub_epi32(x, y))
 EACH_EPI(pair_and_epi32, _mm256_and_si256(x, y))
-EACH_EPI(pair_or_epi32, _mm256_or_si256(x, y))
-EACH_EPI(pair_xor_epi32, _mm256_xor_si256(x, y))
 EACH_EPI(pair_unpacklo_epi32, _mm256_unpacklo_epi32(x, y))
 EACH_EPI(pair_unpackhi_epi32, _mm256_unpackhi_epi32(x, y))
 EACH_EPI(pair_unpacklo_epi64, _mm256_unpacklo_epi64(x, y))
@@ -71,16 +66,10 @@ EACH_EPI(pair_unpackhi_epi64, _mm256_unpackhi_epi64(x, y))
 #define _mm512_div_ps         pair_div_ps
 #define _mm512_max_ps         pair_max_ps
 #define _mm512_min_ps         pair_min_ps
-#define _mm512_and_ps         pair_and_ps
-#define _mm512_or_ps          pair_or_ps
 #define _mm512_xor_ps         pair_xor_ps
 #define _mm512_add_epi32      pair_add_epi32
-#define _mm512_sub_epi32      pair_sub_epi32
 #define _mm512_and_epi32      pair_and_epi32
-#define _mm512_or_epi32       pair_or_epi32
-#define _mm512_xor_epi32      pair_xor_epi32
 
-INLINE pair_ps pair_sqrt_ps(pair_ps a) { return (pair_ps){{_mm256_sqrt_ps(a.half[0]), _mm256_sqrt_ps(a.half[1])}}; }
 INLINE pair_ps pair_fmadd_ps(pair_ps a, pair_ps b, pair_ps c) {
     return (pair_ps){
         {_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
@@ -89,7 +78,6 @@ INLINE pair_ps pair_fnmadd_ps(pair_ps a, pair_ps b, pair_ps c) {
     return (pair_ps){
         {_mm256_fnmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fnmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
-#define _mm512_sqrt_ps   pair_sqrt_ps
 #define _mm512_fmadd_ps  pair_fmadd_ps
 #define _mm512_fnmadd_ps pair_fnmadd_ps
 
@@ -168,10 +156,8 @@ INLINE pair_ps pair_mask_blend_ps(__mmask16 m, pair_ps a, pair_ps b) {
     return (pair_ps){{_mm256_blendv_ps(a.half[0], b.half[0], _mm256_castsi256_ps(lanes_of_mask(m))),
                       _mm256_blendv_ps(a.half[1], b.half[1], _mm256_castsi256_ps(lanes_of_mask(m >> 8)))}};
 }
-#define _mm512_mask_blend_ps           pair_mask_blend_ps
-#define _mm512_mask_add_ps(s, m, a, b) pair_mask_blend_ps(m, s, pair_add_ps(a, b))
-#define _mm512_mask_max_ps(s, m, a, b) pair_mask_blend_ps(m, s, pair_max_ps(a, b))
-#define _mm512_maskz_mov_ps(m, a)      pair_mask_blend_ps(m, pair_setzero_ps(), a)
+#define _mm512_mask_blend_ps      pair_mask_blend_ps
+#define _mm512_maskz_mov_ps(m, a) pair_mask_blend_ps(m, pair_setzero_ps(), a)
 // `predicate` must be a compile-time constant, as for the instruction.
 #define _mm512_cmp_ps_mask(a, b, predicate)                                                                            \
     ((__mmask16)(_mm256_movemask_ps(_mm256_cmp_ps((a).half[0], (b).half[0], predicate)) |                              \
@@ -237,7 +223,6 @@ INLINE size_t compress_ps(void *p, __mmask16 m, pair_ps a) { return compress_epi
 // Integers and conversions.
 
 #define _mm512_slli_epi32(a, n) ((pair_epi){{_mm256_slli_epi32((a).half[0], n), _mm256_slli_epi32((a).half[1], n)}})
-#define _mm512_srli_epi32(a, n) ((pair_epi){{_mm256_srli_epi32((a).half[0], n), _mm256_srli_epi32((a).half[1], n)}})
 INLINE pair_epi pair_cvtepu16_epi32(__m256i a) {
     return (pair_epi){
         {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
@@ -247,6 +232,7 @@ INLINE pair_epi pair_cvtepu32_epi64(__m256i a) {
         {_mm256_cvtepu32_epi64(_mm256_castsi256_si128(a)), _mm256_cvtepu32_epi64(_mm256_extracti128_si256(a, 1))}};
 }
 #define _mm512_cvtepu16_epi32 pair_cvtepu16_epi32
+#define _mm512_cvtepu32_epi64 pair_cvtepu32_epi64
 INLINE pair_epi pair_castsi256_si512(__m256i a) { return (pair_epi){{a, a}}; }
 #define _mm512_castsi256_si512(a)       pair_castsi256_si512(a)
 #define _mm512_inserti64x4(a, b, half_) ((pair_epi){{(half_) ? (a).half[0] : (b), (half_) ? (b) : (a).half[1]}})
@@ -257,7 +243,6 @@ INLINE pair_epi pair_castsi256_si512(__m256i a) { return (pair_epi){{a, a}}; }
 #define _mm512_shuffle_i32x4(a, b, m)                                                                                  \
     ((pair_epi){{_mm256_set_m128i(QUARTER(a, (m) >> 2 & 3), QUARTER(a, (m) & 3)),                                      \
                  _mm256_set_m128i(QUARTER(b, (m) >> 6 & 3), QUARTER(b, (m) >> 4 & 3))}})
-#define _mm512_cvtepu32_epi64 pair_cvtepu32_epi64
 
 // float32 to bfloat16: round to nearest even; a NaN stays one (its quiet bit is set).
 INLINE __m256i bf16_in_low_half(__m256 a) {

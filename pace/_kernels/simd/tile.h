@@ -5,7 +5,7 @@
 //
 // r is one of at most TILE_ROWS rows, p one of at most TILE_PANELS panels of 16 columns, b comes in words of
 // 32 bits, 16 to a register: a float32, or a pair of bfloat16 that lie next to each other along k ("words"
-// below). How a stands in memory depends on the rung, since AVX2 has no bfloat16 product: `a_words_of_pair`
+// below). How a stands in memory depends on the rung, since AVX2 has no bfloat16 product: A_WORDS_OF_PAIR
 // float32 for each pair there.
 #pragma once
 #include "elements.h"
