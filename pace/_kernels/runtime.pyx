@@ -108,13 +108,34 @@ cdef int run(const pace_worker *workers, const void *args, size_t items, size_t 
     return 0
 
 
-cdef int kind_of(cnp.ndarray array, str name) except -1:
-    """F32 or BF16; TypeError for any other dtype."""
+cdef bint is_native(cnp.ndarray array, int typenum) noexcept:
+    """Whether C reads the elements as they are: of NumPy type `typenum` (or its twin, as long long is long's), in this
+    machine's byte order, aligned.
+    """
     cdef int num = cnp.PyArray_TYPE(array)
-    if num == cnp.NPY_FLOAT32:
-        return F32
-    if num == _bf16_num:
-        return BF16
+    return (
+        (num == typenum or cnp.PyArray_EquivTypenums(num, typenum))
+        and cnp.PyArray_ISNOTSWAPPED(array)
+        and cnp.PyArray_ISALIGNED(array)
+    )
+
+
+cdef int check_type(cnp.ndarray array, str name, int typenum) except -1:
+    if is_native(array, typenum):
+        return 0
+    wanted = np.dtype(cnp.PyArray_DescrFromType(typenum))
+    if array.dtype != wanted:
+        raise TypeError(f"{name} has dtype {array.dtype}; it must be {wanted}")
+    raise ValueError(f"{name} is not aligned to its elements")
+
+
+cdef int kind_of(cnp.ndarray array, str name) except -1:
+    """F32 or BF16; TypeError for any other dtype, ValueError for an array that is not aligned."""
+    cdef int num = cnp.PyArray_TYPE(array)
+    if (num == cnp.NPY_FLOAT32 or num == _bf16_num) and is_native(array, num):
+        return F32 if num == cnp.NPY_FLOAT32 else BF16
+    if array.dtype in (_f32_dtype, _bf16_dtype):
+        raise ValueError(f"{name} is not aligned to its elements")
     raise TypeError(f"{name} has dtype {array.dtype}; it must be float32 or bfloat16")
 
 
@@ -123,7 +144,8 @@ cdef int check_rows(cnp.ndarray array, str name, Py_ssize_t columns) except -1:
     if cnp.PyArray_NDIM(array) != 2 or (columns >= 0 and cnp.PyArray_DIM(array, 1) != columns):
         wanted = "columns" if columns < 0 else columns
         raise ValueError(f"{name} has shape {np.shape(array)}; it must be (rows, {wanted})")
-    if cnp.PyArray_DIM(array, 1) > 1 and cnp.PyArray_SIZE(array) and cnp.PyArray_STRIDE(array, 1) != cnp.PyArray_ITEMSIZE(array):
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(array)
+    if cnp.PyArray_DIM(array, 1) > 1 and cnp.PyArray_SIZE(array) and cnp.PyArray_STRIDE(array, 1) != size:
         raise ValueError(f"{name} has strides {(<object>array).strides}; its rows must be contiguous")
     return 0
 
@@ -148,8 +170,7 @@ cdef int check_heads(cnp.ndarray array, str name, Py_ssize_t tokens, Py_ssize_t 
 
 cdef int check_vector(cnp.ndarray array, str name, Py_ssize_t length, int typenum) except -1:
     """A contiguous vector of `length` elements of NumPy type `typenum`."""
-    if cnp.PyArray_TYPE(array) != typenum:
-        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(cnp.PyArray_DescrFromType(typenum))}")
+    check_type(array, name, typenum)
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != length:
         raise ValueError(f"{name} has shape {np.shape(array)}; it must be ({length},)")
     if length > 1 and cnp.PyArray_STRIDE(array, 0) != cnp.PyArray_ITEMSIZE(array):
@@ -171,6 +192,26 @@ cdef int check_kind(cnp.ndarray array, str name, int kind) except -1:
 cdef int check_writeable(cnp.ndarray array, str name) except -1:
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError(f"{name} is read-only")
+    return 0
+
+
+cdef bint bounds_overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Of two arrays of rows: whether the memory from the first byte of one to its last holds a byte of the other."""
+    cdef Py_ssize_t a_span = (cnp.PyArray_DIM(a, 0) - 1) * cnp.PyArray_STRIDE(a, 0)
+    cdef Py_ssize_t b_span = (cnp.PyArray_DIM(b, 0) - 1) * cnp.PyArray_STRIDE(b, 0)
+    cdef Py_ssize_t a_row = cnp.PyArray_DIM(a, 1) * cnp.PyArray_ITEMSIZE(a)
+    cdef Py_ssize_t b_row = cnp.PyArray_DIM(b, 1) * cnp.PyArray_ITEMSIZE(b)
+    cdef Py_ssize_t a_at = <Py_ssize_t>cnp.PyArray_DATA(a), b_at = <Py_ssize_t>cnp.PyArray_DATA(b)
+    return (
+        a_at + min(a_span, 0) < b_at + max(b_span, 0) + b_row
+        and b_at + min(b_span, 0) < a_at + max(a_span, 0) + a_row
+    )
+
+
+cdef int check_apart(cnp.ndarray array, str name, cnp.ndarray other, str other_name) except -1:
+    """Rows that have no memory in common. Columns of one matrix lie between each other: NumPy settles those."""
+    if bounds_overlap(array, other) and np.shares_memory(array, other):
+        raise ValueError(f"{name} shares memory with {other_name}; they must be two arrays")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .arrays import Array, check_float, check_output_rows, check_rows, check_vector, f32, output_rows
+from .arrays import Array, check_apart, check_float, check_output_rows, check_rows, check_vector, f32, output_rows
 from .layer_norm import layer_norm
 
 
@@ -19,7 +19,7 @@ def add_layer_norm(
     bit-identical to adding first and norming afterwards.
 
     TypeError for another dtype; ValueError for another shape, rows that are not contiguous, or a residual that is
-    read-only or is `out`. Nothing is written then.
+    read-only or shares memory with `out`. Nothing is written then.
     """
     check_float(x, "x")
     check_rows(x, "x")
@@ -28,8 +28,7 @@ def add_layer_norm(
     check_vector(weight, "weight", hidden, np.float32)
     if bias is not None:
         check_vector(bias, "bias", hidden, np.float32)
-    if out is residual:
-        raise ValueError("out is residual; they must be two arrays")
     result = output_rows(out, rows, hidden, x.dtype)
+    check_apart(result, "out", residual, "residual")
     residual[...] = f32(x) + f32(residual)
     return layer_norm(residual, weight, bias, eps, result)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .arrays import Array, check_float, check_output_rows, check_rows, check_vector, f32, output_rows
+from .arrays import Array, check_apart, check_float, check_output_rows, check_rows, check_vector, f32, output_rows
 from .rms_norm import rms_norm
 
 
@@ -16,15 +16,14 @@ def add_rms_norm(x: Array, residual: Array, weight: Array, eps: float = 1e-5, ou
     bit-identical to adding first and norming afterwards.
 
     TypeError for another dtype; ValueError for another shape, rows that are not contiguous, or a residual that is
-    read-only or is `out`. Nothing is written then.
+    read-only or shares memory with `out`. Nothing is written then.
     """
     check_float(x, "x")
     check_rows(x, "x")
     rows, hidden = x.shape
     check_output_rows(residual, "residual", rows, hidden, x.dtype)
     check_vector(weight, "weight", hidden, np.float32)
-    if out is residual:
-        raise ValueError("out is residual; they must be two arrays")
     result = output_rows(out, rows, hidden, x.dtype)
+    check_apart(result, "out", residual, "residual")
     residual[...] = f32(x) + f32(residual)
     return rms_norm(residual, weight, eps, result)

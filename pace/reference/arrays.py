@@ -23,12 +23,28 @@ def check_float(array: Array, name: str) -> None:
         raise TypeError(f"{name} is a {type(array).__name__}; it must be a NumPy array")
     if array.dtype not in (float32, bfloat16):
         raise TypeError(f"{name} has dtype {array.dtype}; it must be float32 or bfloat16")
+    check_aligned(array, name)
+
+
+def check_type(array: Array, name: str, dtype: DTypeLike) -> None:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is a {type(array).__name__}; it must be a NumPy array")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(dtype)}")
+    check_aligned(array, name)
+
+
+def check_aligned(array: Array, name: str) -> None:
+    if not array.flags.aligned:
+        raise ValueError(f"{name} is not aligned to its elements")
 
 
 def check_rows(array: Array, name: str, columns: int | None = None) -> None:
     """(rows, columns), any row stride, contiguous within a row; None takes any number of columns."""
     if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
-        raise ValueError(f"{name} has shape {array.shape}; it must be (rows, {columns or 'columns'})")
+        raise ValueError(
+            f"{name} has shape {array.shape}; it must be (rows, {'columns' if columns is None else columns})"
+        )
     if array.shape[1] > 1 and array.size and array.strides[1] != array.itemsize:
         raise ValueError(f"{name} has strides {array.strides}; its rows must be contiguous")
 
@@ -44,10 +60,7 @@ def check_heads(array: Array, name: str, tokens: int | None = None, head_dim: in
 
 def check_vector(array: Array, name: str, length: int, dtype: DTypeLike) -> None:
     """A contiguous vector of `length` elements."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is a {type(array).__name__}; it must be a NumPy array")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(dtype)}")
+    check_type(array, name, dtype)
     if array.shape != (length,):
         raise ValueError(f"{name} has shape {array.shape}; it must be ({length},)")
     if length > 1 and array.strides[0] != array.itemsize:
@@ -57,6 +70,12 @@ def check_vector(array: Array, name: str, length: int, dtype: DTypeLike) -> None
 def check_writeable(array: Array, name: str) -> None:
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only")
+
+
+def check_apart(array: Array, name: str, other: Array, other_name: str) -> None:
+    """No memory in common."""
+    if np.shares_memory(array, other):
+        raise ValueError(f"{name} shares memory with {other_name}; they must be two arrays")
 
 
 def check_dtype(array: Array, name: str, dtype: DTypeLike) -> None:

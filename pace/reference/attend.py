@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .arrays import Array, Float, bfloat16, check_vector, f32
-from .store_kv import GROUP, check_blocks, check_heads
+from .arrays import Array, Float, bfloat16, check_float, check_type, check_vector, check_writeable, f32
+from .store_kv import GROUP, check_blocks, check_kv_heads
 
 
 def attend(
@@ -31,18 +31,21 @@ def attend(
     softmax online (Milakov and Gimelshein, 2018), 64 keys at a time from the start of the sequence, and merges partial
     results of SPLIT keys in order (Dao et al., 2023): the same steps for one query or many, whatever the blocks.
 
-    ValueError for shapes or lengths that do not fit each other, or a block that does not exist; TypeError for dtypes.
+    ValueError for shapes or lengths that do not fit each other, a block that does not exist, or a
+    read-only `out`; TypeError for dtypes.
     """
     num_slots = check_blocks(k_blocks, v_blocks)
-    check_heads(q, "q", k_blocks)
+    check_kv_heads(q, "q", k_blocks)
     block_tokens = k_blocks.shape[2] * GROUP
     check_batch(len(q), block_tables, query_starts, kv_lengths, block_tokens, num_slots // block_tokens)
     if out is None:
         out = np.empty(q.shape, q.dtype)
-    elif out.shape != q.shape or out.dtype != q.dtype or not out.flags.c_contiguous:
+    check_float(out, "out")
+    if out.shape != q.shape or out.dtype != q.dtype or not out.flags.c_contiguous:
         raise ValueError(
             f"out has shape {out.shape} and dtype {out.dtype}; it must be {q.shape}, {q.dtype}, contiguous"
         )
+    check_writeable(out, "out")
     kv_heads = k_blocks.shape[1]
     for s, length in enumerate(kv_lengths):
         queries = slice(query_starts[s], query_starts[s + 1])
@@ -69,8 +72,7 @@ def check_batch(
     sequences = len(kv_lengths)
     check_vector(kv_lengths, "kv_lengths", sequences, np.int32)
     check_vector(query_starts, "query_starts", sequences + 1, np.int32)
-    if block_tables.dtype != np.int32:
-        raise TypeError(f"block_tables has dtype {block_tables.dtype}; it must be int32")
+    check_type(block_tables, "block_tables", np.int32)
     if block_tables.ndim != 2 or len(block_tables) != sequences or not block_tables.flags.c_contiguous:
         raise ValueError(f"block_tables has shape {block_tables.shape}; it must be ({sequences}, blocks), contiguous")
     if query_starts[0] != 0 or query_starts[-1] != tokens:

@@ -3,7 +3,18 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .arrays import Array, Float, bfloat16, check_float, check_rows, check_vector, f32, float32, output_rows
+from .arrays import (
+    Array,
+    Float,
+    bfloat16,
+    check_dtype,
+    check_float,
+    check_rows,
+    check_vector,
+    f32,
+    float32,
+    output_rows,
+)
 from .pack_linear import PackedLinear, unpack_linear
 
 ACTIVATIONS = ("relu", "gelu_erf", "gelu_tanh", "silu")
@@ -62,8 +73,7 @@ def check_product(x: Array, weight: PackedLinear, gated: bool) -> None:
 
 
 def check_operand(array: Array, name: str, shape: tuple[int, int], dtype: DTypeLike) -> None:
-    if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(dtype)}")
+    check_dtype(array, name, dtype)
     check_rows(array, name, shape[1])
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")

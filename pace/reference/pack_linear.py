@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Array, Float, bfloat16, check_float, check_rows, f32, float32
+from .arrays import Array, Float, bfloat16, check_float, check_rows, check_writeable, f32, float32
 
 PANEL = 16
 
@@ -32,17 +32,20 @@ class PackedLinear:
     in_features: int
     gated: bool = False
 
+    def __post_init__(self) -> None:
+        check_float(self.panels, "panels")
+        wanted = panels_shape(self.out_features, self.in_features, self.dtype, self.gated)
+        if self.panels.shape != wanted:
+            features = f"{self.out_features} × {self.in_features}{', gated' if self.gated else ''}"
+            raise ValueError(f"panels has shape {self.panels.shape}; it must be {wanted} ({features})")
+        if not self.panels.flags.c_contiguous:
+            raise ValueError(f"panels has strides {self.panels.strides}; it must be C-contiguous")
+
     @staticmethod
     def empty(out_features: int, in_features: int, dtype: np.dtype[np.generic], gated: bool = False) -> "PackedLinear":
         """Room for a weight, not initialised: every panel is for pack_linear to fill."""
-        num_panels = -(-out_features // PANEL) * (2 if gated else 1)
-        if dtype == bfloat16:
-            shape: tuple[int, ...] = (num_panels, -(-in_features // 2), PANEL, 2)
-        elif dtype == float32:
-            shape = (num_panels, in_features, PANEL)
-        else:
-            raise TypeError(f"dtype is {dtype}; it must be float32 or bfloat16")
-        return PackedLinear(np.empty(shape, dtype), out_features, in_features, gated)
+        panels = np.empty(panels_shape(out_features, in_features, dtype, gated), dtype)
+        return PackedLinear(panels, out_features, in_features, gated)
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -51,6 +54,17 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes
+
+
+def panels_shape(
+    out_features: int, in_features: int, dtype: np.dtype[np.generic], gated: bool = False
+) -> tuple[int, ...]:
+    num_panels = -(-out_features // PANEL) * (2 if gated else 1)
+    if dtype == bfloat16:
+        return num_panels, -(-in_features // 2), PANEL, 2
+    if dtype == float32:
+        return num_panels, in_features, PANEL
+    raise TypeError(f"dtype is {dtype}; it must be float32 or bfloat16")
 
 
 def pack_linear(
@@ -62,7 +76,7 @@ def pack_linear(
     packed into one by calling once for each (rows that come after must start a panel of their own).
 
     ValueError for a K other than into's, more panels than it has, or a weight that holds NaN (packed all the
-    same); TypeError for another dtype.
+    same), an `into` that is read-only; TypeError for another dtype.
     """
     check_float(weight, "weight")
     check_rows(weight, "weight")
@@ -71,6 +85,7 @@ def pack_linear(
         into = PackedLinear.empty(rows, columns, weight.dtype)
     if columns != into.in_features:
         raise ValueError(f"weight has shape {weight.shape}; it must be (rows, {into.in_features})")
+    check_writeable(into.panels, "into.panels")
     count = -(-rows // PANEL)
     if first_panel < 0 or panel_step < 1 or (count and first_panel + (count - 1) * panel_step >= len(into.panels)):
         raise ValueError(
@@ -79,7 +94,7 @@ def pack_linear(
     padded = np.zeros((count * PANEL, columns + columns % 2), into.dtype)
     padded[:rows, :columns] = weight.astype(into.dtype)
     if into.dtype == bfloat16:
-        panels: Array = padded.reshape(count, PANEL, -1, 2).transpose(0, 2, 1, 3)
+        panels: Array = padded.reshape(count, PANEL, padded.shape[1] // 2, 2).transpose(0, 2, 1, 3)
     else:
         panels = padded[:, :columns].reshape(count, PANEL, columns).transpose(0, 2, 1)
     into.panels[first_panel : first_panel + count * panel_step : panel_step] = panels
@@ -92,11 +107,11 @@ def unpack_linear(weight: PackedLinear) -> Float:
     """The weight (out_features, in_features) in float32; (2, out_features, in_features) of a gated one."""
     panels = f32(weight.panels)
     if weight.dtype == bfloat16:
-        panels = panels.transpose(0, 2, 1, 3).reshape(len(panels), PANEL, -1)
+        panels = panels.transpose(0, 2, 1, 3).reshape(len(panels), PANEL, 2 * panels.shape[1])
     else:
         panels = panels.transpose(0, 2, 1)
     panels = panels[:, :, : weight.in_features]
     if not weight.gated:
-        return panels.reshape(-1, weight.in_features)[: weight.out_features]
-    halves = panels.reshape(-1, 2, PANEL, weight.in_features).transpose(1, 0, 2, 3)
-    return halves.reshape(2, -1, weight.in_features)[:, : weight.out_features]
+        return panels.reshape(PANEL * len(panels), weight.in_features)[: weight.out_features]
+    halves = panels.reshape(len(panels) // 2, 2, PANEL, weight.in_features).transpose(1, 0, 2, 3)
+    return halves.reshape(2, PANEL * halves.shape[1], weight.in_features)[:, : weight.out_features]

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, Float, check_dtype, check_float, check_heads, check_vector, check_writeable, f32
+from .arrays import Array, Float, check_dtype, check_float, check_heads, check_type, check_vector, check_writeable, f32
 
 
 def rope(q: Array, k: Array, cos: Float, sin: Float, positions: NDArray[np.int32], interleaved: bool = False) -> None:
@@ -52,8 +52,7 @@ def rope(q: Array, k: Array, cos: Float, sin: Float, positions: NDArray[np.int32
 
 
 def _check_table(table: Array, name: str) -> None:
-    if table.dtype != np.float32:
-        raise TypeError(f"{name} has dtype {table.dtype}; it must be float32")
+    check_type(table, name, np.float32)
     if table.ndim != 2:
         raise ValueError(f"{name} has shape {table.shape}; it must be (positions, rotary_dim/2)")
     if not table.flags.c_contiguous:

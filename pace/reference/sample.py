@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .arrays import Float, check_rows, check_vector
+from .arrays import Float, check_rows, check_type, check_vector
 
 SAMPLING_DTYPE = np.dtype(
     [
@@ -183,7 +183,7 @@ def check(
     num_logprobs: int | None,
 ) -> None:
     """Raise what `sample` raises; the native form tests for the same, faster, and comes here for the message."""
-    check_array(logits, "logits", np.float32)
+    check_type(logits, "logits", np.float32)
     check_rows(logits, "logits")
     rows, vocab = logits.shape
     check_vector(params, "params", rows, SAMPLING_DTYPE)
@@ -214,7 +214,7 @@ def check(
 
 def check_ragged(ragged: History | Bias, name: str, rows: int, vocab: int, dtype: DTypeLike) -> None:
     ids, values, starts = ragged
-    check_array(ids, f"{name}.token_ids", np.int32)
+    check_type(ids, f"{name}.token_ids", np.int32)
     check_vector(ids, f"{name}.token_ids", ids.size, np.int32)
     check_vector(values, f"{name}.{ragged._fields[1]}", ids.size, dtype)
     check_vector(starts, f"{name}.row_starts", rows + 1, np.int64)
@@ -223,13 +223,6 @@ def check_ragged(ragged: History | Bias, name: str, rows: int, vocab: int, dtype
     fits[-1] &= starts[-1] == ids.size
     check_values(starts, f"{name}.row_starts", fits, f"ascending from 0 to {ids.size}")
     check_values(ids, f"{name}.token_ids", (ids >= 0) & (ids < vocab), f"within [0, {vocab})")
-
-
-def check_array(array: Array, name: str, dtype: DTypeLike) -> None:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is a {type(array).__name__}; it must be a NumPy array")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; it must be {np.dtype(dtype)}")
 
 
 def check_values(values: Array, name: str, fits: NDArray[np.bool_], wanted: str) -> None:

@@ -12,7 +12,7 @@ A slot is one token's place: block · block_tokens + offset in the block.
 
 import numpy as np
 
-from .arrays import Array, bfloat16, check_float, check_vector
+from .arrays import Array, bfloat16, check_float, check_vector, check_writeable
 
 GROUP = 16
 
@@ -40,11 +40,13 @@ def store_kv(k: Array, v: Array, k_blocks: Array, v_blocks: Array, slots: Array)
     k, v: (tokens, kv_heads, head_dim), any token stride, heads contiguous. k_blocks, v_blocks: as kv_shapes gives, of
     k's dtype, C-contiguous. slots: (tokens,) int64, all different.
 
-    ValueError for a slot outside the blocks (before anything is written) or another shape; TypeError for another dtype.
+    ValueError for a slot outside the blocks (before anything is written), another shape, or blocks that are read-only; TypeError for another dtype.
     """
     num_slots = check_blocks(k_blocks, v_blocks)
-    check_heads(k, "k", k_blocks)
-    check_heads(v, "v", k_blocks)
+    check_writeable(k_blocks, "k_blocks")
+    check_writeable(v_blocks, "v_blocks")
+    check_kv_heads(k, "k", k_blocks)
+    check_kv_heads(v, "v", k_blocks)
     if k.shape != v.shape:
         raise ValueError(f"v has shape {v.shape}; it must be {k.shape}, as k")
     check_vector(slots, "slots", len(k), np.int64)
@@ -73,23 +75,27 @@ def check_blocks(k_blocks: Array, v_blocks: Array) -> int:
         raise ValueError(f"k_blocks has shape {k_blocks.shape}, v_blocks {v_blocks.shape}; see kv_shapes")
     num_blocks, kv_heads, groups = k_blocks.shape[:3]
     head_dim = k_blocks.shape[3] * (2 if k_blocks.dtype == bfloat16 else 1)
-    expected = kv_shapes(num_blocks, kv_heads, groups * GROUP, head_dim, k_blocks.dtype)
-    if (k_blocks.shape, v_blocks.shape) != expected:
+    some = min(kv_heads, groups, head_dim) > 0 and head_dim % 2 == 0
+    shapes = k_blocks.shape, v_blocks.shape
+    if not some or shapes != kv_shapes(num_blocks, kv_heads, groups * GROUP, head_dim, k_blocks.dtype):
         raise ValueError(f"k_blocks has shape {k_blocks.shape}, v_blocks {v_blocks.shape}; see kv_shapes")
     if not (k_blocks.flags.c_contiguous and v_blocks.flags.c_contiguous):
         raise ValueError("k_blocks and v_blocks must be C-contiguous")
     return int(num_blocks * groups * GROUP)
 
 
-def check_heads(x: Array, name: str, k_blocks: Array) -> None:
+def check_kv_heads(x: Array, name: str, k_blocks: Array) -> None:
     """(tokens, heads, head_dim) of the blocks' dtype and head_dim; kv_heads as theirs unless x is q."""
+    check_float(x, name)
     if x.dtype != k_blocks.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be {k_blocks.dtype}, as k_blocks")
     kv_heads = k_blocks.shape[1]
     head_dim = k_blocks.shape[3] * (2 if k_blocks.dtype == bfloat16 else 1)
-    heads_fit = x.ndim == 3 and (x.shape[1] % kv_heads == 0 if name == "q" else x.shape[1] == kv_heads)
+    heads_fit = x.ndim == 3 and (
+        x.shape[1] > 0 and x.shape[1] % kv_heads == 0 if name == "q" else x.shape[1] == kv_heads
+    )
     if not heads_fit or x.shape[2] != head_dim:
-        heads = f"a multiple of {kv_heads}" if name == "q" else kv_heads
+        heads = f"a positive multiple of {kv_heads}" if name == "q" else kv_heads
         raise ValueError(f"{name} has shape {x.shape}; it must be (tokens, {heads}, {head_dim})")
     if x.size and x.strides[1:] != (head_dim * x.itemsize, x.itemsize):
         raise ValueError(f"{name} has strides {x.strides}; the heads of a token must be contiguous")

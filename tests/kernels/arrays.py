@@ -53,6 +53,25 @@ def assert_close(actual, expected, *, rtol, atol=0.0):
     np.testing.assert_allclose(actual.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=atol)
 
 
+def frozen(array):
+    """A copy that may not be written."""
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def swapped(array):
+    """The same numbers in the other byte order."""
+    return array.astype(array.dtype.newbyteorder())
+
+
+def misaligned(array):
+    """The same numbers, a byte off their natural place."""
+    moved = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
 @contextlib.contextmanager
 def threads(count):
     before = isa.get_num_threads()

@@ -114,6 +114,16 @@ def test_nan_and_infinity_stay_in_their_row(native, kind, value):
     assert (residual[[0, 2]] == 2).all()
 
 
+def test_residual_and_out_may_be_columns_of_one_matrix(native):
+    x, residual, weight, bias = inputs(rng(8), 3, 40, F32)
+    wide = np.concatenate([residual, residual], axis=1)
+    left, right = wide[:, :40], wide[:, 40:]
+    expected = native("add_layer_norm")(x, residual, weight, bias)
+    native("add_layer_norm")(x, left, weight, bias, out=right)
+    assert np.array_equal(right, expected)
+    assert np.array_equal(left, residual)
+
+
 def test_same_refusals(native):
     x, residual = np.ones((2, 8), np.float32), np.ones((2, 8), np.float32)
     weight, bias = np.ones(8, np.float32), np.ones(8, np.float32)
@@ -138,5 +148,6 @@ def test_same_refusals(native):
     refused(x, residual, weight, bias, out=x[:1], error=ValueError, match=r"out has shape \(1, 8\)")
     refused(x, residual, weight, bias, out=x.astype(BF16), error=TypeError, match="out has dtype bfloat16")
     refused(x, residual, weight, bias, out=frozen, error=ValueError, match="out is read-only")
-    refused(x, residual, weight, bias, out=residual, error=ValueError, match="out is residual")
+    for view in (residual, residual[:], residual[::-1]):
+        refused(x, residual, weight, bias, out=view, error=ValueError, match="out shares memory with residual")
     assert (residual == 1).all(), "a refused call wrote"

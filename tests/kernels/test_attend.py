@@ -6,7 +6,19 @@ from hypothesis import strategies as st
 from pace.kernels import reference
 from pace.reference.store_kv import kv_shapes
 
-from .arrays import BF16, F32, KINDS, assert_close, assert_same_refusal, draw, rng, threads
+from .arrays import (
+    BF16,
+    F32,
+    KINDS,
+    assert_close,
+    assert_same_refusal,
+    draw,
+    frozen,
+    misaligned,
+    rng,
+    swapped,
+    threads,
+)
 
 attend, store_kv = reference("attend"), reference("store_kv")
 
@@ -124,8 +136,8 @@ def test_same_refusals(native):
     q, k, v, tables, starts, lengths, scale = case.arguments()
     twins = native("attend"), attend
 
-    def refused(*args, error=ValueError, match):
-        assert_same_refusal(*twins, *args, error=error, match=match)
+    def refused(*args, error=ValueError, match, **kwargs):
+        assert_same_refusal(*twins, *args, error=error, match=match, **kwargs)
 
     refused(q.astype(BF16), k, v, tables, starts, lengths, scale, error=TypeError, match="q has dtype bfloat16")
     refused(q[:, :3], k, v, tables, starts, lengths, scale, match=r"q has shape \(3, 3, 64\)")
@@ -138,3 +150,15 @@ def test_same_refusals(native):
     refused(
         q, k, v, tables.astype(np.int64), starts, lengths, scale, error=TypeError, match="block_tables has dtype int64"
     )
+    rest = starts, lengths, scale
+    refused(q[:, :0], k, v, tables, *rest, match=r"q has shape \(3, 0, 64\); it must be \(tokens, a positive multiple")
+    for axis in (1, 2):
+        refused(q, k.take([], axis), v.take([], axis), tables, *rest, match="see kv_shapes")
+    refused(swapped(q), k, v, tables, *rest, error=TypeError, match="q has dtype >f4; it must be float32")
+    refused(misaligned(q), k, v, tables, *rest, match="q is not aligned")
+    refused(q, k, v, swapped(tables), *rest, error=TypeError, match="block_tables has dtype >i4; it must be int32")
+    refused(q, k, v, misaligned(tables), *rest, match="block_tables is not aligned")
+    refused(q, k, v, tables, *rest, out=frozen(q), match="out is read-only")
+    refused(q, k, v, tables, *rest, out=misaligned(q), match="out is not aligned")
+    refused(q, k, v, tables, *rest, out=swapped(q), error=TypeError, match="out has dtype >f4")
+    refused(q, k, v, tables, *rest, out=q[:2], match=r"out has shape \(2, 4, 64\)")

@@ -3,7 +3,7 @@ import pytest
 
 from pace.kernels import reference
 
-from .arrays import KINDS, Guarded, assert_same_refusal, draw, rng
+from .arrays import KINDS, Guarded, assert_same_refusal, draw, misaligned, rng, swapped
 
 embed, pack_linear = reference("embed"), reference("pack_linear")
 
@@ -28,3 +28,6 @@ def test_same_refusals(native):
         tokens = np.array([3, token], np.int32)
         assert_same_refusal(*twins, tokens, table, error=ValueError, match=f"token {token} is outside the vocabulary")
     assert_same_refusal(*twins, np.array([1], np.int64), table, error=TypeError, match="tokens has dtype int64")
+    tokens = np.array([1, 2], np.int32)
+    assert_same_refusal(*twins, swapped(tokens), table, error=TypeError, match="tokens has dtype >i4")
+    assert_same_refusal(*twins, misaligned(tokens), table, error=ValueError, match="tokens is not aligned")

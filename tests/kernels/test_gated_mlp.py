@@ -74,7 +74,7 @@ def test_writes_only_its_rows_the_same_in_any_batch_on_any_number_of_threads(nat
 
 def test_same_refusals(native):
     _, x, weight = case(7, 3, 20, 10, F32)
-    plain = PackedLinear(weight.panels, 10, 20)
+    plain = PackedLinear.empty(10, 20, F32)
     twins = native("gated_mlp"), gated_mlp
     assert_same_refusal(*twins, x, plain, error=ValueError, match="weight is not gated")
     assert_same_refusal(*twins, x[:, 1:], weight, error=ValueError, match=r"x has shape \(3, 19\)")

@@ -8,7 +8,20 @@ from hypothesis import strategies as st
 from pace.kernels import reference
 from pace.reference.linear import ACTIVATIONS, erf
 
-from .arrays import BF16, F32, KINDS, Guarded, assert_close, assert_same_refusal, draw, rng, spaced_rows, threads
+from .arrays import (
+    BF16,
+    F32,
+    KINDS,
+    Guarded,
+    assert_close,
+    assert_same_refusal,
+    draw,
+    misaligned,
+    rng,
+    spaced_rows,
+    swapped,
+    threads,
+)
 
 linear, pack_linear = reference("linear"), reference("pack_linear")
 
@@ -74,6 +87,16 @@ def test_reads_and_writes_only_its_rows(native, kind, out_features):
     assert_close(guarded.out, linear(x, weight), **tolerance(kind, 37))
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_without_input_features_is_the_bias(native, rows, kind):
+    x, bias = np.empty((rows, 0), kind), np.array([1, 2, 3], np.float32)
+    for pack in (native("pack_linear"), pack_linear):
+        weight = pack(np.empty((3, 0), kind))
+        for form in (native("linear"), linear):
+            assert np.array_equal(form(x, weight, bias), np.tile(bias.astype(kind), (rows, 1)))
+
+
 def test_residual_in_place(native):
     generator, x, weight = case(4, 3, 20, 20, BF16)
     residual = draw(generator, (3, 20), BF16)
@@ -135,7 +158,7 @@ def test_activations_far_out(native, activation):
     one = pack_linear(np.ones((1, 1), np.float32))
     expected = np.where(FAR < 0, 0, FAR)
     if activation != "relu":
-        expected[FAR == -np.inf] = np.nan
+        expected[np.isneginf(FAR)] = np.nan
     for form in (native("linear"), linear):
         actual = form(FAR[:, None], one, activation=activation)[:, 0]
         atol = 5e-4 if activation == "silu" else 0  # silu(-10)
@@ -144,7 +167,7 @@ def test_activations_far_out(native, activation):
 
 def test_same_refusals(native):
     generator, x, weight = case(7, 3, 20, 10, F32)
-    gated = type(weight)(weight.panels, 10, 20, gated=True)
+    gated = type(weight).empty(10, 20, F32, gated=True)
     wrong = np.zeros((3, 9), np.float32)
 
     def refused(*args, error=ValueError, match, **kwargs):
@@ -153,6 +176,11 @@ def test_same_refusals(native):
     refused(x[:, :19], weight, match=r"x has shape \(3, 19\)")
     refused(x.astype(BF16), weight, error=TypeError, match="x has dtype bfloat16; it must be float32, as the weight")
     refused(x, gated, match="weight is gated")
+    refused(swapped(x), weight, error=TypeError, match="x has dtype >f4; it must be float32 or bfloat16")
+    refused(misaligned(x), weight, match="x is not aligned")
+    refused(x, weight, bias=swapped(wrong[0]), error=TypeError, match="bias has dtype >f4")
+    refused(x, weight, multiply=misaligned(np.zeros((3, 10), np.float32)), match="multiply is not aligned")
+    refused(x, weight, residual=swapped(np.zeros((3, 10), np.float32)), error=TypeError, match="residual has dtype >f4")
     refused(x, weight, activation="swish", match="activation is 'swish'")
     refused(x, weight, bias=wrong[0], match=r"bias has shape \(9,\)")
     refused(x, weight, multiply=wrong, match=r"multiply has shape \(3, 9\)")

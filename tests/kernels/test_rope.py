@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pace.kernels import reference
 
-from .arrays import BF16, F32, KINDS, assert_same_refusal, draw, rng, threads
+from .arrays import BF16, F32, KINDS, assert_same_refusal, draw, misaligned, rng, swapped, threads
 
 rope = reference("rope")
 
@@ -126,4 +126,8 @@ def test_same_refusals(native):
     refused(q, k, wide, wide, positions, error=ValueError, match=rf"cos has shape \({MAX_POSITIONS}, 9\)")
     refused(q, k, cos, sin, positions[:2], error=ValueError, match=r"positions has shape \(2,\)")
     refused(q, k, cos, sin, positions.astype(np.int64), error=TypeError, match="positions has dtype int64")
+    refused(swapped(q), k, cos, sin, positions, error=TypeError, match="q has dtype >")
+    refused(q, k, misaligned(cos), sin, positions, error=ValueError, match="cos is not aligned")
+    refused(q, k, cos, swapped(sin), positions, error=TypeError, match="sin has dtype >f4; it must be float32")
+    refused(q, k, cos, sin, swapped(positions), error=TypeError, match="positions has dtype >i4; it must be int32")
     assert np.array_equal(q.base, before), "a refused call wrote"

@@ -14,7 +14,7 @@ from transformers import (
 from pace.kernels import reference
 from pace.reference.sample import SAMPLING_DTYPE, Bias, History, penalised
 
-from .arrays import F32, SIZES, assert_same_refusal, draw, rng, spaced_rows, threads
+from .arrays import F32, SIZES, assert_same_refusal, draw, misaligned, rng, spaced_rows, swapped, threads
 
 sample = reference("sample")
 
@@ -362,6 +362,9 @@ def test_same_refusals(native):
         assert_same_refusal(native("sample"), sample, *args, error=error, match=match, **kwargs)
 
     refused("logits has dtype float64", x.astype(np.float64), params, u, error=TypeError)
+    refused("logits has dtype >f4", swapped(x), params, u, error=TypeError)
+    refused("logits is not aligned", misaligned(x), params, u)
+    refused("uniforms has dtype >f8", x, params, swapped(u), error=TypeError)
     refused("logits is a list", [[1.0]], params, u, error=TypeError)
     refused(r"logits has shape \(8,\)", x[0], params, u)
     refused("logits has strides", x[:, ::2], params, u)

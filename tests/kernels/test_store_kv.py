@@ -5,7 +5,7 @@ from pace.kernels import reference
 from pace.reference.attend import gather
 from pace.reference.store_kv import kv_shapes
 
-from .arrays import BF16, KINDS, assert_same_refusal, draw, rng, threads
+from .arrays import BF16, F32, KINDS, assert_same_refusal, draw, frozen, misaligned, rng, swapped, threads
 
 store_kv = reference("store_kv")
 
@@ -43,6 +43,15 @@ def test_takes_views_into_a_fused_projection(native):
     assert np.array_equal(values[slots], v.astype(np.float32))
 
 
+def test_long_long_slots_and_no_token(native):
+    k, v, k_blocks, v_blocks, slots = case(F32)
+    native("store_kv")(k, v, k_blocks, v_blocks, slots.astype(np.longlong))
+    keys, _ = gather(k_blocks, v_blocks, np.arange(5), 160)
+    assert np.array_equal(keys[slots], k)
+    for form in (native("store_kv"), store_kv):
+        form(k[:0], v[:0], k_blocks[:0], v_blocks[:0], slots[:0])
+
+
 def test_same_refusals(native):
     k, v, k_blocks, v_blocks, slots = case(BF16)
 
@@ -55,6 +64,15 @@ def test_same_refusals(native):
     refused(k, v, k_blocks, v_blocks, slots.astype(np.int32), error=TypeError, match="slots has dtype int32")
     refused(k, v, k_blocks, v_blocks, slots + 160, match="outside the 160 there are")
     refused(k, v, k_blocks[1:], v_blocks, slots, match="see kv_shapes")
+    refused(k, v, frozen(k_blocks), v_blocks, slots, match="k_blocks is read-only")
+    refused(k, v, k_blocks, frozen(v_blocks), slots, match="v_blocks is read-only")
+    refused(misaligned(k), v, k_blocks, v_blocks, slots, match="k is not aligned")
+    refused(k, v, k_blocks, misaligned(v_blocks), slots, match="v_blocks is not aligned")
+    refused(k, v, k_blocks, v_blocks, misaligned(slots), match="slots is not aligned")
+    refused(k, v, k_blocks, v_blocks, swapped(slots), error=TypeError, match="slots has dtype >i8; it must be int64")
+    for axis in (1, 2, 3):
+        empty = k_blocks.take([], axis), v_blocks.take([], axis if axis < 3 else 4)
+        refused(k, v, *empty, slots, match="see kv_shapes")
     with pytest.raises(ValueError, match="block_tokens is 24"):
         kv_shapes(1, 1, 24, 64, BF16)
     with pytest.raises(ValueError, match="head_dim is 5"):

@@ -2,7 +2,9 @@
 
 cimport numpy as cnp
 
-from pace._kernels.runtime cimport check_output_rows, check_rows, check_vector, kind_of, output_rows, pace_worker, run
+from pace._kernels.runtime cimport (
+    check_apart, check_output_rows, check_rows, check_vector, kind_of, output_rows, pace_worker, run
+)
 
 cnp.import_array()
 
@@ -44,9 +46,8 @@ def add_layer_norm(
     if bias is not None:
         check_vector(bias, "bias", hidden, cnp.NPY_FLOAT32)
         args.bias = <const float *>cnp.PyArray_DATA(bias)
-    if out is residual:
-        raise ValueError("out is residual; they must be two arrays")
     cdef cnp.ndarray result = output_rows(out, rows, hidden, kind)
+    check_apart(result, "out", residual, "residual")
     args.x = cnp.PyArray_DATA(x)
     args.residual = cnp.PyArray_DATA(residual)
     args.weight = <const float *>cnp.PyArray_DATA(weight)

@@ -2,7 +2,9 @@
 
 cimport numpy as cnp
 
-from pace._kernels.runtime cimport check_output_rows, check_rows, check_vector, kind_of, output_rows, pace_worker, run
+from pace._kernels.runtime cimport (
+    check_apart, check_output_rows, check_rows, check_vector, kind_of, output_rows, pace_worker, run
+)
 
 cnp.import_array()
 
@@ -34,9 +36,8 @@ def add_rms_norm(
     cdef Py_ssize_t rows = cnp.PyArray_DIM(x, 0), hidden = cnp.PyArray_DIM(x, 1)
     check_output_rows(residual, "residual", rows, hidden, kind)
     check_vector(weight, "weight", hidden, cnp.NPY_FLOAT32)
-    if out is residual:
-        raise ValueError("out is residual; they must be two arrays")
     cdef cnp.ndarray result = output_rows(out, rows, hidden, kind)
+    check_apart(result, "out", residual, "residual")
     args.x = cnp.PyArray_DATA(x)
     args.residual = cnp.PyArray_DATA(residual)
     args.weight = <const float *>cnp.PyArray_DATA(weight)

@@ -6,8 +6,8 @@ cimport numpy as cnp
 from libc.stdint cimport int32_t
 from libc.stdlib cimport free, malloc
 
-from pace._kernels.runtime cimport check_vector, pace_worker, run
-from pace._kernels.store_kv.store_kv cimport check_heads, kv_blocks, set_blocks
+from pace._kernels.runtime cimport check_type, check_vector, check_writeable, kind_of, pace_worker, run
+from pace._kernels.store_kv.store_kv cimport check_kv_heads, kv_blocks, set_blocks
 
 cnp.import_array()
 
@@ -87,15 +87,14 @@ cdef void list_items(const attend_args *args, Py_ssize_t sequences, attend_item 
 
 def attend(cnp.ndarray q not None, cnp.ndarray k_blocks not None, cnp.ndarray v_blocks not None,
            cnp.ndarray block_tables not None, cnp.ndarray query_starts not None, cnp.ndarray kv_lengths not None,
-           float scale, out=None):
+           float scale, cnp.ndarray out=None):
     cdef attend_args args
     cdef Py_ssize_t num_slots = set_blocks(&args.blocks, k_blocks, v_blocks)
-    check_heads(q, "q", &args.blocks, -1)
+    check_kv_heads(q, "q", &args.blocks, -1)
     cdef Py_ssize_t tokens = cnp.PyArray_DIM(q, 0), sequences = len(kv_lengths)
     check_vector(kv_lengths, "kv_lengths", sequences, cnp.NPY_INT32)
     check_vector(query_starts, "query_starts", sequences + 1, cnp.NPY_INT32)
-    if cnp.PyArray_TYPE(block_tables) != cnp.NPY_INT32:
-        raise TypeError(f"block_tables has dtype {block_tables.dtype}; it must be int32")
+    check_type(block_tables, "block_tables", cnp.NPY_INT32)
     if (cnp.PyArray_NDIM(block_tables) != 2 or cnp.PyArray_DIM(block_tables, 0) != sequences
             or not cnp.PyArray_IS_C_CONTIGUOUS(block_tables)):
         raise ValueError(
@@ -114,8 +113,12 @@ def attend(cnp.ndarray q not None, cnp.ndarray k_blocks not None, cnp.ndarray v_
     shape = np.shape(q)
     if out is None:
         out = np.empty(shape, q.dtype)
-    elif out.shape != shape or out.dtype != q.dtype or not out.flags.c_contiguous:
-        raise ValueError(f"out has shape {out.shape} and dtype {out.dtype}; it must be {shape}, {q.dtype}, contiguous")
+    elif (kind_of(out, "out") != args.blocks.kind or np.shape(out) != shape
+            or not cnp.PyArray_IS_C_CONTIGUOUS(out)):
+        raise ValueError(
+            f"out has shape {np.shape(out)} and dtype {out.dtype}; it must be {shape}, {q.dtype}, contiguous"
+        )
+    check_writeable(out, "out")
     args.out = cnp.PyArray_DATA(out)
     cdef Py_ssize_t num_items = count_items(&args, sequences)
     cdef attend_item *items = <attend_item *>malloc(num_items * sizeof(attend_item) + 1)

@@ -4,7 +4,7 @@ from pace.reference.pack_linear import PackedLinear
 
 cimport numpy as cnp
 
-from pace._kernels.runtime cimport BF16, check_rows, kind_of, pace_worker, run
+from pace._kernels.runtime cimport BF16, check_rows, check_writeable, kind_of, pace_worker, run
 
 cnp.import_array()
 
@@ -35,6 +35,7 @@ def pack_linear(cnp.ndarray weight not None, into=None, Py_ssize_t first_panel=0
     if columns != into.in_features:
         raise ValueError(f"weight has shape {(rows, columns)}; it must be (rows, {into.in_features})")
     cdef cnp.ndarray panels = into.panels
+    check_writeable(panels, "into.panels")
     cdef Py_ssize_t count = (rows + 15) // 16, num_panels = cnp.PyArray_DIM(panels, 0)
     if first_panel < 0 or panel_step < 1 or (count and first_panel + (count - 1) * panel_step >= num_panels):
         raise ValueError(

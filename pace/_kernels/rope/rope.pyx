@@ -5,7 +5,9 @@ from libc.stdint cimport int32_t
 cimport numpy as cnp
 import numpy as np
 
-from pace._kernels.runtime cimport check_heads, check_kind, check_vector, check_writeable, kind_of, pace_worker, run
+from pace._kernels.runtime cimport (
+    check_heads, check_kind, check_type, check_vector, check_writeable, kind_of, pace_worker, run
+)
 
 cnp.import_array()
 
@@ -32,8 +34,7 @@ cdef size_t ELEMENTS_PER_PIECE = 16384  # below this a thread costs more than it
 
 
 cdef int check_table(cnp.ndarray table, str name) except -1:
-    if cnp.PyArray_TYPE(table) != cnp.NPY_FLOAT32:
-        raise TypeError(f"{name} has dtype {table.dtype}; it must be float32")
+    check_type(table, name, cnp.NPY_FLOAT32)
     if cnp.PyArray_NDIM(table) != 2:
         raise ValueError(f"{name} has shape {np.shape(table)}; it must be (positions, rotary_dim/2)")
     if not cnp.PyArray_IS_C_CONTIGUOUS(table):

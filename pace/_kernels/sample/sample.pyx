@@ -6,7 +6,7 @@ from libc.stdint cimport int32_t, int64_t
 
 import numpy as np
 
-from pace._kernels.runtime cimport pace_worker, run
+from pace._kernels.runtime cimport is_native, pace_worker, run
 from pace.reference.sample import SAMPLING_DTYPE, Sampled, check
 
 cnp.import_array()
@@ -83,7 +83,7 @@ def sample(logits, params, uniforms=None, history=None, bias=None, num_logprobs=
 # What follows answers whether the reference's `check` would pass, without its temporaries, and fills `args`.
 
 cdef bint fits(logits, params, uniforms, history, bias, num_logprobs, sample_args *args) except -1:
-    if not (isinstance(logits, np.ndarray) and cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32 and logits.ndim == 2):
+    if not (isinstance(logits, np.ndarray) and is_native(logits, cnp.NPY_FLOAT32) and logits.ndim == 2):
         return False
     cdef Py_ssize_t rows = cnp.PyArray_DIM(logits, 0), vocab = cnp.PyArray_DIM(logits, 1), i
     if vocab > 1 and rows and cnp.PyArray_STRIDE(logits, 1) != sizeof(float):
@@ -143,7 +143,7 @@ cdef bint is_vector(cnp.ndarray array, Py_ssize_t length) except -1:
 
 
 cdef bint is_vector_of(object array, Py_ssize_t length, int typenum) except -1:
-    return isinstance(array, np.ndarray) and cnp.PyArray_TYPE(array) == typenum and is_vector(array, length)
+    return isinstance(array, np.ndarray) and is_native(array, typenum) and is_vector(array, length)
 
 
 cdef bint is_ragged(object ragged, Py_ssize_t rows, Py_ssize_t vocab, int typenum) except -1:

@@ -12,5 +12,5 @@ cdef extern from "store_kv/store_kv.h":
 
 # Fills `blocks`; returns how many slots there are.
 cdef Py_ssize_t set_blocks(kv_blocks *blocks, cnp.ndarray k_blocks, cnp.ndarray v_blocks) except -1
-# Checks (tokens, heads, head_dim) against the blocks; heads < 0 takes any multiple of kv_heads.
-cdef int check_heads(cnp.ndarray x, str name, const kv_blocks *blocks, Py_ssize_t heads) except -1
+# Checks (tokens, heads, head_dim) against the blocks; heads < 0 takes any positive multiple of kv_heads.
+cdef int check_kv_heads(cnp.ndarray x, str name, const kv_blocks *blocks, Py_ssize_t heads) except -1

@@ -5,7 +5,7 @@ import numpy as np
 cimport numpy as cnp
 from libc.stdint cimport int64_t
 
-from pace._kernels.runtime cimport BF16, check_vector, kind_of, pace_worker, run
+from pace._kernels.runtime cimport BF16, check_vector, check_writeable, kind_of, pace_worker, run
 
 cnp.import_array()
 
@@ -36,7 +36,8 @@ cdef Py_ssize_t set_blocks(kv_blocks *blocks, cnp.ndarray k_blocks, cnp.ndarray 
     cdef bint fits = cnp.PyArray_NDIM(k_blocks) == ndim and cnp.PyArray_NDIM(v_blocks) == ndim
     if fits:
         head_dim = k[3] * (2 if kind == BF16 else 1)
-        fits = k[0] == v[0] and k[1] == v[1] and k[2] == v[2] and v[4] == head_dim and head_dim % 2 == 0
+        fits = k[0] == v[0] and k[1] == v[1] and k[2] == v[2] and v[4] == head_dim
+        fits = fits and k[1] > 0 and k[2] > 0 and head_dim > 0 and head_dim % 2 == 0
         if kind == BF16:
             fits = fits and k[4] == GROUP and k[5] == 2 and v[3] == GROUP // 2 and v[5] == 2
         else:
@@ -54,16 +55,17 @@ cdef Py_ssize_t set_blocks(kv_blocks *blocks, cnp.ndarray k_blocks, cnp.ndarray 
     return k[0] * k[2] * GROUP
 
 
-cdef int check_heads(cnp.ndarray x, str name, const kv_blocks *blocks, Py_ssize_t heads) except -1:
-    cdef Py_ssize_t kv_heads = blocks.kv_heads, head_dim = blocks.head_dim
+cdef int check_kv_heads(cnp.ndarray x, str name, const kv_blocks *blocks, Py_ssize_t heads) except -1:
+    cdef Py_ssize_t kv_heads = blocks.kv_heads, head_dim = blocks.head_dim, count
     if kind_of(x, name) != blocks.kind:
         wanted = "bfloat16" if blocks.kind == BF16 else "float32"
         raise TypeError(f"{name} has dtype {x.dtype}; it must be {wanted}, as k_blocks")
     cdef bint fits = cnp.PyArray_NDIM(x) == 3 and cnp.PyArray_DIM(x, 2) == head_dim
     if fits:
-        fits = cnp.PyArray_DIM(x, 1) % kv_heads == 0 if heads < 0 else cnp.PyArray_DIM(x, 1) == heads
+        count = cnp.PyArray_DIM(x, 1)
+        fits = count > 0 and count % kv_heads == 0 if heads < 0 else count == heads
     if not fits:
-        wanted = f"a multiple of {kv_heads}" if heads < 0 else heads
+        wanted = f"a positive multiple of {kv_heads}" if heads < 0 else heads
         raise ValueError(f"{name} has shape {np.shape(x)}; it must be (tokens, {wanted}, {head_dim})")
     cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(x)
     if cnp.PyArray_SIZE(x) and (cnp.PyArray_STRIDE(x, 2) != size or cnp.PyArray_STRIDE(x, 1) != size * head_dim):
@@ -75,8 +77,10 @@ def store_kv(cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray k_block
              cnp.ndarray v_blocks not None, cnp.ndarray slots not None):
     cdef store_kv_args args
     cdef Py_ssize_t num_slots = set_blocks(&args.blocks, k_blocks, v_blocks), i
-    check_heads(k, "k", &args.blocks, args.blocks.kv_heads)
-    check_heads(v, "v", &args.blocks, args.blocks.kv_heads)
+    check_writeable(k_blocks, "k_blocks")
+    check_writeable(v_blocks, "v_blocks")
+    check_kv_heads(k, "k", &args.blocks, args.blocks.kv_heads)
+    check_kv_heads(v, "v", &args.blocks, args.blocks.kv_heads)
     cdef Py_ssize_t tokens = cnp.PyArray_DIM(k, 0)
     if cnp.PyArray_DIM(v, 0) != tokens:
         raise ValueError(f"v has shape {np.shape(v)}; it must be {np.shape(k)}, as k")
