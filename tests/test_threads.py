@@ -1,6 +1,7 @@
-"""Kernels give the same bits on any number of threads, also beside another OpenMP and from many Python threads."""
+"""Kernels give the same bits on any number of threads, beside torch's, after a fork, from many Python threads."""
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,45 @@ def alternate_with_torch():
     print("same")
 
 
+def fork_among_kernels():
+    isa.set_num_threads(2)
+    x, weight = inputs()
+    expected = kernels.rms_norm(x, weight)
+    busy = True
+
+    def keep_calling():
+        while busy:
+            kernels.rms_norm(x, weight)
+
+    def same_in_a_child():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that hangs
+            os._exit(not all(np.array_equal(kernels.rms_norm(x, weight), expected) for _ in range(20)))
+        return os.waitpid(child, 0)[1] == 0 and np.array_equal(kernels.rms_norm(x, weight), expected)
+
+    assert all(same_in_a_child() for _ in range(5))
+    with ThreadPoolExecutor(1) as pool:  # a fork may come in the midst of a call
+        pool.submit(keep_calling)
+        fine = [same_in_a_child() for _ in range(20)]
+        busy = False
+    assert all(fine)
+    print("same")
+
+
+def helpers_signals():
+    isa.set_num_threads(3)
+    kernels.rms_norm(*inputs())
+    blocked = [
+        int(line.split()[1], 16)
+        for task in Path("/proc/self/task").iterdir()
+        if task.name != str(os.getpid())
+        for line in (task / "status").read_text().splitlines()
+        if line.startswith("SigBlk")
+    ]
+    print(sum(mask >> signal.SIGINT - 1 & 1 and mask >> signal.SIGTERM - 1 & 1 for mask in blocked))
+
+
 def print_num_threads():
     print(isa.get_num_threads())
 
@@ -67,6 +107,14 @@ def print_num_threads():
 def test_beside_torch_and_from_many_python_threads():
     pytest.importorskip("torch")
     assert in_a_process(alternate_with_torch) == "same"
+
+
+def test_after_a_fork():
+    assert in_a_process(fork_among_kernels) == "same"
+
+
+def test_helpers_leave_signals_to_the_program():
+    assert in_a_process(helpers_signals, OPENBLAS_NUM_THREADS="1") == "2"
 
 
 def test_omp_num_threads_is_honoured():

@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -27,6 +28,7 @@ static struct {
     size_t items, piece, threads, stride;
     char *scratch;
     _Alignas(ALIGNMENT) atomic_size_t next; // the first item that nobody has taken
+    atomic_size_t next_thread;              // whose scratch nobody has taken; the caller's is 0
 } job;
 
 static pthread_mutex_t caller = PTHREAD_MUTEX_INITIALIZER;
@@ -38,9 +40,9 @@ static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static atomic_int sleepers;
 
-static size_t num_helpers; // that exist
-static int num_threads;    // as asked for; 0 until then
-static pace_hook hook;
+static size_t num_helpers;     // that exist
+static atomic_int num_threads; // as asked for; 0 until then
+static _Atomic(pace_hook) hook;
 
 static void relax(void) { __builtin_ia32_pause(); }
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
@@ -54,15 +56,15 @@ static int available_cpus(void) {
 }
 
 int pace_num_threads(void) {
-    if (num_threads == 0) {
-        const char *asked = getenv("OMP_NUM_THREADS");
-        const int count = asked ? atoi(asked) : 0;
-        num_threads = count > 0 ? count : available_cpus();
-    }
-    return num_threads;
+    int count = atomic_load(&num_threads);
+    if (count) return count;
+    const char *asked = getenv("OMP_NUM_THREADS");
+    const int wanted = asked ? atoi(asked) : 0;
+    const int initial = wanted > 0 ? wanted : available_cpus();
+    return atomic_compare_exchange_strong(&num_threads, &count, initial) ? initial : count;
 }
-void pace_set_num_threads(int n) { num_threads = n; }
-void pace_set_hook(pace_hook h) { hook = h; }
+void pace_set_num_threads(int n) { atomic_store(&num_threads, n); }
+void pace_set_hook(pace_hook h) { atomic_store(&hook, h); }
 
 // Every thread takes the next piece until none is left.
 static void take_pieces(size_t thread) {
@@ -94,11 +96,13 @@ static unsigned next_call(unsigned last) {
     return atomic_load(&calls);
 }
 
-static void *help(void *number) {
-    const size_t thread = (size_t)number;
+// Whichever helpers come first take the threads' places of a call: any that is free will do.
+static void *help(void *unused) {
+    (void)unused;
     for (unsigned last = 0;;) {
         last = next_call(last);
         if (!enter()) continue;
+        const size_t thread = atomic_fetch_add_explicit(&job.next_thread, 1, memory_order_relaxed);
         if (thread < job.threads) take_pieces(thread);
         atomic_fetch_sub_explicit(&gate, 1, memory_order_release);
     }
@@ -115,25 +119,34 @@ static void forget_helpers(void) {
     pthread_cond_init(&wake, NULL);
 }
 
-// As many helpers as the system gives, up to `wanted`.
+static bool survives_fork;
+static void prepare_for_fork(void) { survives_fork = pthread_atfork(NULL, NULL, forget_helpers) == 0; }
+
+// As many helpers as the system gives, up to `wanted`. The program's signals are for its own threads; a helper takes
+// only those of its own faults.
 static void raise_helpers(size_t wanted) {
-    static bool prepared = false;
-    if (!prepared) prepared = pthread_atfork(NULL, NULL, forget_helpers) == 0;
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
     pthread_attr_t detached;
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     while (num_helpers < wanted) {
         pthread_t thread;
-        if (pthread_create(&thread, &detached, help, (void *)(num_helpers + 1)) != 0) break;
+        if (pthread_create(&thread, &detached, help, NULL) != 0) break;
         num_helpers++;
     }
     pthread_attr_destroy(&detached);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 // With `caller` held.
 static void share(size_t threads) {
     if (num_helpers + 1 < threads) raise_helpers(threads - 1);
     atomic_store_explicit(&job.next, 0, memory_order_relaxed);
+    atomic_store_explicit(&job.next_thread, 1, memory_order_relaxed);
     atomic_store_explicit(&gate, 0, memory_order_release);
     atomic_fetch_add(&calls, 1);
     if (atomic_load(&sleepers)) {
@@ -150,26 +163,24 @@ static void share(size_t threads) {
             sched_yield();
 }
 
-static void run_alone(pace_worker worker, const void *args, size_t items, void *scratch) {
-    if (hook)
-        hook(worker, args, 0, items, scratch);
-    else
-        worker(args, 0, items, scratch);
-}
-
 int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes) {
     if (items == 0) return 0;
     if (grain == 0) grain = 1;
     const size_t stride = (scratch_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     size_t threads = smaller((size_t)pace_num_threads(), (items + grain - 1) / grain);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (hook) threads = 1;
+    const pace_hook instead = atomic_load(&hook);
+    if (instead) threads = 1;
     char *scratch = NULL;
     if (stride && !(scratch = aligned_alloc(ALIGNMENT, stride * threads))) return -1;
 
+    static pthread_once_t prepared = PTHREAD_ONCE_INIT;
+    if (threads > 1) pthread_once(&prepared, prepare_for_fork); // before any lock that a fork could find taken
     // A second thread of the program that calls at the same time does its work itself.
-    if (threads == 1 || pthread_mutex_trylock(&caller) != 0) {
-        run_alone(worker, args, items, scratch);
+    if (instead) {
+        instead(worker, args, 0, items, scratch);
+    } else if (threads == 1 || !survives_fork || pthread_mutex_trylock(&caller) != 0) {
+        worker(args, 0, items, scratch);
     } else {
         const size_t piece = items / (threads * PIECES_PER_THREAD);
         job.worker = worker, job.args = args, job.items = items, job.piece = piece > grain ? piece : grain;
