@@ -19,6 +19,7 @@ check: $(VENV)/.dev  ## format, lint, types, then the suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	find pace/_kernels -name '*.h' -o -name '*_kernel.c' -o -name parallel.c | xargs $(BIN)/clang-format --dry-run --Werror
+	PACE_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test  ## every kernel against its twin, then both timed beside the machine and torch

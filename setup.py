@@ -6,6 +6,7 @@ A room is a folder of `pace/_kernels` with `NAME.pyx` and `NAME_kernel.c`. The C
 (the NumPy reference is all there is). A compiler that is there and fails stops the build.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -30,11 +31,13 @@ RUNGS = {"avx2": AVX2, "avx512": AVX2 + AVX512}
 
 # One arithmetic everywhere: a product and a sum are fused where the source says so and nowhere else, or the same
 # inline function could round differently in two places that inline it.
-KERNEL_FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+C_FLAGS = ["-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra"]
+if os.environ.get("PACE_WERROR") == "1":
+    C_FLAGS.append("-Werror")
+KERNEL_FLAGS = [*C_FLAGS, "-O3", "-ffp-contract=off", "-fno-math-errno"]
 # A worker is machine code that calls nothing: no stack protector, and a loop stays a loop where gcc would call memset.
 KERNEL_FLAGS += ["-fno-stack-protector", "-fno-tree-loop-distribute-patterns"]
-if os.environ.get("PACE_WERROR") == "1":
-    KERNEL_FLAGS.append("-Werror")
+PARALLEL_FLAGS = [*C_FLAGS, "-O2", "-pthread"]
 BINDING_FLAGS = ["-O2", "-fvisibility=hidden", "-pthread", "-Wno-unused-function"]
 LINK_FLAGS = ["-pthread"]
 BUILD = Path("build")
@@ -42,6 +45,7 @@ if os.environ.get("PACE_SANITIZE") == "1":
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     KERNEL_FLAGS += ["-g", "-fno-omit-frame-pointer", "-fno-wrapv", *sanitizers]
     BINDING_FLAGS += sanitizers
+    PARALLEL_FLAGS += sanitizers
     LINK_FLAGS += sanitizers
     BUILD /= "sanitized"
 
@@ -73,38 +77,41 @@ def extensions() -> list[Extension]:
 
     headers = sorted(str(path) for path in KERNELS.rglob("*.h"))
     shared = sorted(str(path) for path in KERNELS.glob("*.pxd"))
-    found = []
-    for pyx in sorted([*KERNELS.glob("*.pyx"), *KERNELS.glob("*/*.pyx")]):
-        plain_c = [str(pyx.with_name("parallel.c"))] if pyx.name == "runtime.pyx" else []
-        found.append(
-            Extension(
-                ".".join(pyx.with_suffix("").parts),
-                [str(pyx), *plain_c],
-                include_dirs=[str(KERNELS), numpy.get_include()],
-                depends=headers + shared + [str(path) for path in pyx.parent.glob("*_kernel.c")],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-                extra_compile_args=BINDING_FLAGS,
-                extra_link_args=LINK_FLAGS,
-            )
+    return [
+        Extension(
+            ".".join(pyx.with_suffix("").parts),
+            [str(pyx)],
+            include_dirs=[str(KERNELS), numpy.get_include()],
+            depends=headers + shared + [str(path) for path in pyx.parent.glob("*.c")],
+            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+            extra_compile_args=BINDING_FLAGS,
+            extra_link_args=LINK_FLAGS,
         )
-    return found
+        for pyx in sorted([*KERNELS.glob("*.pyx"), *KERNELS.glob("*/*.pyx")])
+    ]
 
 
 def compile_rung(kernel: Path, rung: str, compiler: list[str], *, force: bool = False) -> Path:
-    """Compile one kernel for one rung into build/rungs/RUNG/, unless it is there and newer than its sources."""
-    target = BUILD / "rungs" / rung / kernel.with_suffix(".o").name
-    newest = max(path.stat().st_mtime for path in [kernel, Path(__file__), *KERNELS.rglob("*.h")])
+    """Compile one kernel for one rung into a folder of build/rungs."""
+    flags = [*KERNEL_FLAGS, *RUNGS[rung], f"-DRUNG={rung}", f"-DRUNG_{rung.upper()}=1"]
+    return compile_c(kernel, BUILD / "rungs" / rung, flags, compiler, force=force)
+
+
+def compile_c(source: Path, folder: Path, flags: list[str], compiler: list[str], *, force: bool = False) -> Path:
+    """Compile one file into a folder of these flags' own, unless it is there and newer than its sources."""
+    flags = [*flags, f"-I{KERNELS}"]
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    target = folder.with_name(f"{folder.name}-{digest}") / source.with_suffix(".o").name
+    newest = max(path.stat().st_mtime for path in [source, Path(__file__), *KERNELS.rglob("*.h")])
     if target.exists() and target.stat().st_mtime > newest and not force:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    defines = [f"-DRUNG={rung}", f"-DRUNG_{rung.upper()}=1"]
-    flags = [*KERNEL_FLAGS, *RUNGS[rung], *defines, f"-I{KERNELS}"]
-    subprocess.run([*compiler, *flags, "-c", str(kernel), "-o", str(target)], check=True)
+    subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
     return target
 
 
 class BuildRooms(build_ext):
-    """Adds to each room's extension the objects of its kernel, one per rung."""
+    """Adds to each room's extension the objects of its kernel, one per rung, and to the runtime's the driver."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -117,16 +124,17 @@ class BuildRooms(build_ext):
         (cythonized,) = cythonize(ext, compiler_directives=DIRECTIVES, build_dir=str(BUILD / "cython"), quiet=True)
         ext.sources = cythonized.sources
         room = KERNELS.joinpath(*ext.name.split(".")[2:-1])
-        kernel = room / f"{room.name}_kernel.c"
-        if kernel.exists():
-            ext.extra_objects = [self.object_of(kernel, rung) for rung in RUNGS]
-        super().build_extension(ext)
-
-    def object_of(self, kernel: Path, rung: str) -> str:
+        compiler = {"compiler": self.compiler.compiler_so, "force": self.force}
         try:
-            return str(compile_rung(kernel, rung, self.compiler.compiler_so, force=self.force))
+            for source in sorted(room.glob("*.c")):
+                if source.name == "parallel.c":
+                    objects = [compile_c(source, Path(self.build_temp, "parallel"), PARALLEL_FLAGS, **compiler)]
+                else:
+                    objects = [compile_rung(source, rung, **compiler) for rung in RUNGS]
+                ext.extra_objects += map(str, objects)
         except subprocess.CalledProcessError as error:
-            raise CompileError(f"{kernel} does not compile for the rung {rung}") from error
+            raise CompileError(f"{source} does not compile") from error
+        super().build_extension(ext)
 
 
 if __name__ == "__main__":
