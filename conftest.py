@@ -6,9 +6,9 @@ import sys
 import pytest
 
 if "--benchmark" in sys.argv:
-    # Here, since the libraries look only once, when they are loaded. torch's OpenMP, ours and NumPy's BLAS each have
-    # threads that spin while they wait for work: by default 3 to 24 ms, on the CPUs that the next form needs. A tenth
-    # of a millisecond bridges the calls in a row of a model and of a block of timings. OMP_WAIT_POLICY=PASSIVE would
+    # Here, since the libraries look only once, when they are loaded. torch's OpenMP and NumPy's BLAS have threads
+    # that spin while they wait for work: by default 3 to 24 ms, on the CPUs that the next form needs. A tenth of a
+    # millisecond bridges the calls in a row of a model and of a block of timings. OMP_WAIT_POLICY=PASSIVE would
     # not: waking a thread costs 30 µs a parallel region, and torch, of many regions, 5 times its time.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles

@@ -23,7 +23,7 @@ import iced_x86
 ROOT = Path(__file__).parent.parent
 ROOMS = sorted(path.stem.removesuffix("_kernel") for path in ROOT.glob("pace/_kernels/*/*_kernel.c"))
 BINDINGS = sorted(ROOT.glob("build/objects/**/*.o"))
-DOT_PRODUCTS = {"linear", "attend"}  # rooms whose avx512 form multiplies in bfloat16
+DOT_PRODUCTS = {"attend", "gated_mlp", "linear"}  # rooms whose avx512 form multiplies in bfloat16
 
 X86_64 = set("INTEL8086 INTEL186 INTEL286 INTEL386 INTEL486 FPU CMOV SSE SSE2 X64 MULTIBYTENOP PAUSE CET_IBT".split())
 UP_TO_AVX2 = {"SSE3", "SSSE3", "SSE4_1", "SSE4_2", "AVX"}  # no CPU has AVX2 without them
