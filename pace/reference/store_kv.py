@@ -40,7 +40,8 @@ def store_kv(k: Array, v: Array, k_blocks: Array, v_blocks: Array, slots: Array)
     k, v: (tokens, kv_heads, head_dim), any token stride, heads contiguous. k_blocks, v_blocks: as kv_shapes gives, of
     k's dtype, C-contiguous. slots: (tokens,) int64, all different.
 
-    ValueError for a slot outside the blocks (before anything is written), another shape, or blocks that are read-only; TypeError for another dtype.
+    ValueError for a slot outside the blocks (before anything is written), another shape, or blocks that are read-only;
+    TypeError for another dtype.
     """
     num_slots = check_blocks(k_blocks, v_blocks)
     check_writeable(k_blocks, "k_blocks")
