@@ -133,7 +133,7 @@ class BuildRooms(build_ext):
                     objects = [compile_rung(source, rung, **compiler) for rung in RUNGS]
                 ext.extra_objects += map(str, objects)
         except subprocess.CalledProcessError as error:
-            raise CompileError(f"{source} does not compile") from error
+            raise CompileError(f"{source} does not compile: {shlex.join(error.cmd)}") from error
         super().build_extension(ext)
 
 
