@@ -19,7 +19,7 @@ enum { TILE_ROWS = 5, TILE_PANELS = 1, A_WORDS_OF_PAIR = 2 };
 #endif
 enum { ONE_ROW_PANELS = 4 };
 
-typedef uint32_t __attribute__((may_alias)) word; // the bits of a float32 or of two bfloat16
+typedef uint32_t __attribute__((may_alias, aligned(2))) word; // the bits of a float32 or of two bfloat16
 typedef uint16_t __attribute__((may_alias)) bf16_bits;
 
 // Words of b along k, and of a, for n elements.
