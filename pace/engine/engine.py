@@ -38,19 +38,37 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; nothing where it has ended."""
-        if request.finish_reason is None:
+        if request.finish_reason is not None:
+            return
+        try:
             request.cancel()
+        finally:
             self.scheduler.retire()
 
     def step(self) -> list[Request]:
         """One forward pass; returns the requests that it brought a token or an end."""
         batch = self.scheduler.next_batch()
+        try:
+            return self._advance(batch)
+        except BaseException:  # Ctrl-C too: whoever is not cancelled goes on as if the step had not begun
+            self._take_back(batch)
+            raise
+        finally:
+            self.scheduler.retire()
+
+    def _advance(self, batch: Batch) -> list[Request]:
         hidden = self._forward(batch)
         ready = [batch.requests[i] for i in batch.complete]
         if ready:
             self._sampler.sample(self.model.logits(hidden[self._last_rows(batch)]), ready)
-        self.scheduler.retire()
         return ready
+
+    def _take_back(self, batch: Batch) -> None:
+        """Forget what was computed and led to no token: between steps a request's last token is never in the cache."""
+        for request in batch.requests:
+            assert request.sequence is not None
+            request.computed = min(request.computed, len(request.prompt_token_ids) + len(request.token_ids) - 1)
+            self.cache.truncate(request.sequence, request.computed)
 
     def _forward(self, batch: Batch) -> np.ndarray:
         counts = [len(tokens) for tokens in batch.tokens]

@@ -176,3 +176,48 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
             llm.generate([[5, 6], [7]])
     assert not llm.engine.unfinished
     assert llm.cache.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("where", ["forward", "logits"])
+def test_an_interrupted_generate_does_not_touch_the_others(llm, monkeypatch, where):
+    with_engine(llm)
+    params = SamplingParams(seed=3, max_tokens=12, logprobs=1, ignore_eos=True)
+    expected = answers(llm.generate([[5, 6, 7]], params))
+    stream = llm.stream([5, 6, 7], params)
+    for _ in range(4):
+        next(stream)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    original = llm.engine.scheduler.next_batch
+    with monkeypatch.context() as patch:
+        # Once the new prompts are through, the batch has the paused stream in it.
+        def next_batch():
+            batch = original()
+            if len(batch.requests) == 3:
+                patch.setattr(llm.model, where, interrupted)
+            return batch
+
+        patch.setattr(llm.engine.scheduler, "next_batch", next_batch)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[5, 6], [7]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert answers([list(stream)[-1]]) == expected
+    assert llm.cache.stats().used_bytes == 0
+
+
+def test_a_request_whose_text_cannot_be_finished_is_over_all_the_same(llm, monkeypatch):
+    with_engine(llm)
+    request = llm._request([7, 8], SamplingParams(max_tokens=4, ignore_eos=True))
+    llm.engine.add(request)
+    llm.engine.step()
+
+    def broken():
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(request.stream, "finish", broken)
+    with pytest.raises(RuntimeError, match="no text"):
+        llm.engine.cancel(request)
+    assert request.finish_reason == "cancelled"
+    assert llm.cache.stats().used_bytes == 0
+    assert len(llm.generate([[7, 8]], SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2
