@@ -287,6 +287,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "dtype": _dtype(file),
         **architecture.constants,
     }
     for key, source in architecture.config.items():
@@ -306,6 +307,12 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     except KeyError as missing:
         raise ModelError(f"{file.path} does not say {missing}: the file is not complete, download another") from None
     return config
+
+
+def _dtype(file: GGUFFile) -> str:
+    """float32 where every matrix is; bfloat16 for quantised files too, which the metadata says nothing of."""
+    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return "float32" if kinds == {GGMLQuantizationType.F32} else "bfloat16"
 
 
 def _rope_parameters(file: GGUFFile, prefix: str, max_positions: int) -> dict[str, Any]:

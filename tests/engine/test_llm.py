@@ -445,11 +445,35 @@ def test_bad_requests(llm, prompt, params, match):
         {"stop": [""]},
         {"seed": -1},
         {"logprobs": -1},
+        {"stop": [3]},
+        {"stop": 3},
+        {"stop": None},
+        {"seed": 1.5},
+        {"seed": "1"},
+        {"top_k": 2.0},
+        {"top_k": None},
+        {"max_tokens": 3.5},
+        {"max_tokens": True},
+        {"min_tokens": "1"},
+        {"logprobs": 1.0},
+        {"stop_token_ids": [1.5]},
+        {"stop_token_ids": 3},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"top_p": "0.5"},
+        {"min_p": 1j},
     ],
 )
 def test_bad_sampling_params(params):
     (name,) = params
     assert_refused(ValueError, f"{name} is .*; it must be", SamplingParams, **params)
+
+
+def test_sampling_params_of_numpy_numbers():
+    numbers = {"temperature": np.float32(0.5), "seed": np.int64(3), "max_tokens": np.int32(4), "logprobs": np.uint8(2)}
+    params = SamplingParams(**numbers, stop_token_ids=np.array([5, 6]))
+    assert params == SamplingParams(temperature=0.5, seed=3, max_tokens=4, logprobs=2, stop_token_ids=(5, 6))
+    assert {type(value) for value in (params.seed, params.max_tokens, *params.stop_token_ids)} == {int}
 
 
 def test_as_many_params_as_prompts(llm):
