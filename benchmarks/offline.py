@@ -122,7 +122,6 @@ class Stopwatch:
             functions = {name: self.wrap(kernels.native(name)) for name in names}
             registry.register(operator, "NATIVE", functions, (float32, bfloat16))
         registry.resolve.cache_clear()
-        kernels.sample = self.wrap(kernels.sample)
 
 
 class MemoryRate:

@@ -58,7 +58,7 @@ class LLM:
         self.end_tokens = frozenset(token for token in named if 0 <= token < self.model.vocabulary)
         capacity = kv_cache_bytes if kv_cache_bytes is not None else self._default_cache_bytes()
         self.cache = CACHES[cache](self.model.cache_shape, capacity, config)
-        self.engine = Engine(self.model, self.cache, self.tokenizer)
+        self.engine = Engine(self.model, self.cache, self.tokenizer, operators=config)
         self._ids = count()
 
     def _default_cache_bytes(self) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 
 from pace.cache import KVCache
 from pace.models import Model
+from pace.ops import OperatorConfig
 
 from .request import Request
 from .sampler import Sampler
@@ -22,10 +23,11 @@ class Engine:
         tokenizer: Tokenizer,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_sequences: int = MAX_SEQUENCES,
+        operators: OperatorConfig | None = None,
     ) -> None:
         self.model, self.cache = model, cache
         self.scheduler = Scheduler(cache, max_batch_tokens, max_sequences)
-        self._sampler = Sampler(tokenizer)
+        self._sampler = Sampler(tokenizer, operators or OperatorConfig())
 
     @property
     def unfinished(self) -> bool:

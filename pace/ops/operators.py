@@ -1,11 +1,12 @@
-"""The operators that models are made of. Each holds its weights and the functions of its backend, settled when it is
+"""The operators that models and the sampler are made of. Each holds its weights and the functions of its backend, settled when it is
 built, and does nothing but call them; the functions' contracts are in pace.reference.
 """
 
 import numpy as np
 
-from pace.reference.arrays import Array, Float
+from pace.reference.arrays import Array, Float, float32
 from pace.reference.pack_linear import PackedLinear
+from pace.reference.sample import Bias, History, Sampled
 
 from .config import OperatorConfig
 from .registry import Dtype
@@ -107,3 +108,22 @@ class Attention:
     def __init__(self, config: OperatorConfig, dtype: Dtype) -> None:
         functions = config.resolve("attention", dtype)
         self.store, self.attend = functions.store_kv, functions.attend
+
+
+class Sampling:
+    """Tokens from logits, (rows, vocabulary) float32 in every dtype of the model."""
+
+    def __init__(self, config: OperatorConfig) -> None:
+        self._functions = config.resolve("sampling", float32)
+
+    def __call__(
+        self,
+        logits: Float,
+        params: Array,
+        draws: Array,
+        history: History | None,
+        bias: Bias | None,
+        top_logprobs: int | None,
+    ) -> Sampled:
+        """One token a row, by `params` (rows,) SAMPLING_DTYPE."""
+        return self._functions.sample(logits, params, draws, history, bias, top_logprobs)  # type: ignore[no-any-return]

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from pace import LLM, ModelError, SamplingParams
+from pace import LLM, ModelError, SamplingParams, kernels
 from pace.engine.stopping import TextStream, overlap
+from pace.ops import OperatorConfig, registry
+from tests.kernels.arrays import BF16, F32
 
 from .fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, scripted, word, write_model
 
@@ -352,6 +356,25 @@ def test_reference_operators_say_the_same(directory, llm):
     assert texts[0] == texts[1]
 
 
+def test_every_function_of_reference_operators_is_the_reference(directory, monkeypatch):
+    """Packing and sampling too: on REFERENCE nothing native runs."""
+    registry.resolve.cache_clear()
+
+    def native(name):
+        raise AssertionError(f"{name} is native")
+
+    for operator, names in registry.OPERATORS.items():
+        registration = registry.Registration({name: partial(native, name) for name in names}, (F32, BF16))
+        monkeypatch.setitem(registry._registry, (operator, "NATIVE"), registration)
+    for name in kernels.OPERATIONS:
+        monkeypatch.setattr(kernels, name, partial(native, name))
+    try:
+        reference = LLM(directory, kv_cache_bytes=4 << 20, operators="REFERENCE")
+        assert len(one(reference, SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+    finally:
+        registry.resolve.cache_clear()
+
+
 def in_the_reference(smollm2, max_tokens):
     """SmolLM2's sentence of a process on the reference rung."""
     code = f"""
@@ -533,6 +556,21 @@ def test_extra_tensors(broken):
     assert_refused(ModelError, r"holds 1 tensors that its model_type does not have \(extra\)", LLM, path)
     path = broken(lambda stored: stored.pop("extra"), attention_bias=True)
     assert_refused(ModelError, "lacks tensor .*bias", LLM, path)
+
+
+@pytest.mark.parametrize("size", ["intermediate_size", "vocab_size", "hidden_size"])
+def test_absurd_sizes_take_no_memory(broken, size):
+    path = broken(**{size: 10**13, "num_attention_heads": 6, "head_dim": 24})
+    assert_refused(ModelError, r"\.weight in .* has shape \(.*\); its config.json makes it \(", LLM, path)
+
+
+def test_only_nan_is_called_nan(directory, monkeypatch):
+    def other(*_):
+        raise ValueError("weight has shape (1, 2)")
+
+    operators = SimpleNamespace(pack_linear=other)
+    monkeypatch.setattr(OperatorConfig, "resolve", lambda *_: operators)
+    assert_refused(ValueError, r"^weight has shape \(1, 2\)", LLM, directory)
 
 
 def test_tables_that_are_computed_are_not_extra(broken):

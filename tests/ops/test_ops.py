@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pace import isa, kernels
-from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, registry
+from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, Sampling, registry
 from pace.reference.pack_linear import pack_linear
+from pace.reference.sample import SAMPLING_DTYPE
 from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, draw, rng
 
 NAMES = [field.name for field in fields(OperatorConfig)]
@@ -201,6 +202,14 @@ def lm_head(config, kind):
     return embedded, logits
 
 
+def sampling(config, kind):
+    params = np.zeros(ROWS, SAMPLING_DTYPE)
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        params[name] = 1
+    drawn = Sampling(config)(rows(F32), params, np.linspace(0.05, 0.95, ROWS), None, None, 3)
+    return drawn.tokens, drawn.logprobs, drawn.top_tokens
+
+
 OPERATORS = {
     "rms_norm": norm(lambda config, kind: RMSNorm(config, kind, vector(HIDDEN), 1e-5)),
     "layer_norm": norm(lambda config, kind: LayerNorm(config, kind, vector(HIDDEN), vector(HIDDEN), 1e-5)),
@@ -209,6 +218,7 @@ OPERATORS = {
     "linear": linear,
     "mlp": mlp,
     "lm_head": lm_head,
+    "sampling": sampling,
 }
 
 
