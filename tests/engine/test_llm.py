@@ -558,6 +558,11 @@ def test_extra_tensors(broken):
     assert_refused(ModelError, "lacks tensor .*bias", LLM, path)
 
 
+def test_an_absurd_context_takes_no_memory(broken, llm):
+    endless = LLM(broken(max_position_embeddings=10**13), kv_cache_bytes=4 << 20)
+    assert one(endless, GREEDY).token_ids == one(llm, GREEDY).token_ids
+
+
 @pytest.mark.parametrize("size", ["intermediate_size", "vocab_size", "hidden_size"])
 def test_absurd_sizes_take_no_memory(broken, size):
     path = broken(**{size: 10**13, "num_attention_heads": 6, "head_dim": 24})
@@ -646,6 +651,11 @@ def test_no_such_model(tmp_path):
         ({"rms_norm_eps": "small"}, "rms_norm_eps in config.json is 'small'; it must be a number"),
         ({"hidden_act": "mish"}, "hidden_act in config.json is 'mish'; supported are silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings in config.json is 'yes'; it must be true or false"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in config.json is 0.5; .* supported with 1"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor in config.json is 0.25",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; .* default, linear, llama3"),
         (
             {"rope_parameters": {"rope_type": "linear"}},
