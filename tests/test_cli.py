@@ -177,6 +177,8 @@ def test_options_reach_the_machine(tiny):
         (["--temperature", "-1"], "temperature is -1.0; it must be from 0 to 1000000.0"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--kv-cache-bytes", "many"], "'many' is no size"),
+        (["--kv-cache-bytes", "9" * 400], "is more than any machine has"),
+        (["--kv-cache-bytes", "9999999999T"], "is more than any machine has"),
         (["--ops", "{mlp}"], "operators is"),
         (["--ops", '{"mlpp": "NATIVE"}'], "operator 'mlpp' is unknown"),
         (["--threads", "0"], "--threads"),

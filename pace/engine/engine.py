@@ -45,6 +45,7 @@ class Engine:
         try:
             request.cancel()
         finally:
+            self.scheduler.withdraw(request)
             self.scheduler.retire()
 
     def step(self) -> list[Request]:

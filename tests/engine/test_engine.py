@@ -142,6 +142,22 @@ def test_cancelling_while_waiting_and_while_running(llm):
     assert llm.cache.stats().used_bytes == 0
 
 
+def test_who_waits_costs_a_step_nothing(llm, monkeypatch):
+    """The waiting are not looked through at every step, and can be cancelled in any order."""
+    with_engine(llm, max_sequences=1)
+    pending = [llm._request([7, 8], SamplingParams(max_tokens=3, ignore_eos=True)) for _ in range(6)]
+    for request in pending:
+        llm.engine.add(request)
+    waiting = llm.engine.scheduler._waiting
+    llm.engine.step()
+    assert llm.engine.scheduler._waiting is waiting
+    for request in pending[1:4][::-1]:
+        llm.engine.cancel(request)
+    while any(request.finish_reason is None for request in pending):
+        llm.engine.step()
+    assert [len(request.token_ids) for request in pending] == [3, 0, 0, 0, 3, 3]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_request_whose_numbers_break_fails_alone(llm, rung, bad):
     """One token's embedding is not finite: whoever says it fails, and nobody else notices, then or later."""

@@ -436,6 +436,8 @@ def assert_refused(error, match, call, *args, **kwargs):
         ([5], {"stop_token_ids": [VOCABULARY]}, f"token {VOCABULARY} of stop_token_ids is outside the vocabulary"),
         ([5], {"stop_token_ids": [-1], "min_tokens": 3}, "token -1 of stop_token_ids is outside the vocabulary"),
         ([5.5], {}, "token 5.5 of the prompt is outside"),
+        ([np.int64(VOCABULARY)], {}, f"token {VOCABULARY} of the prompt is outside"),
+        (np.ones((2, 2), int), {}, r"token \[1, 1\] of the prompt is outside"),
     ],
 )
 def test_bad_requests(llm, prompt, params, match):
@@ -445,6 +447,15 @@ def test_bad_requests(llm, prompt, params, match):
     assert_refused(error, match, list, llm.stream(prompt, greedy(**params)))
     assert not llm.engine.unfinished  # nor does the good prompt wait
     assert llm.cache.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda ids: [np.int32(token) for token in ids]])
+def test_prompts_of_any_kind_of_integers(llm, form):
+    expected = llm.generate([[5, 6, 7]], GREEDY)[0]
+    result = llm.generate([form([5, 6, 7])], GREEDY)[0]
+    assert result.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert result.prompt_token_ids == [5, 6, 7]
+    assert {type(token) for token in result.prompt_token_ids} == {int}
 
 
 @pytest.mark.parametrize(
@@ -631,7 +642,7 @@ def test_no_config(broken):
 def test_no_tokenizer(broken):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken() / name).unlink()
-    assert_refused(ModelError, "has no tokenizer.json", LLM, broken())
+    assert_refused(ModelError, "has no tokenizer.json", LLM, broken(intermediate_size=137))  # said before any weight is read
 
 
 def test_no_such_model(tmp_path):
