@@ -642,7 +642,9 @@ def test_no_config(broken):
 def test_no_tokenizer(broken):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken() / name).unlink()
-    assert_refused(ModelError, "has no tokenizer.json", LLM, broken(intermediate_size=137))  # said before any weight is read
+    assert_refused(
+        ModelError, "has no tokenizer.json", LLM, broken(intermediate_size=137)
+    )  # said before any weight is read
 
 
 def test_no_such_model(tmp_path):
