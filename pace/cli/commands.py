@@ -4,7 +4,8 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -139,18 +140,7 @@ def generate(
     no_stats: NoStats = False,
 ) -> None:
     """Complete a prompt, streaming. Only the model's text goes to stdout."""
-    params = _sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    params = _sampling(locals())
     text = _read(prompt)
     llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
     from .answer import Figures, stream
@@ -186,18 +176,7 @@ def chat(
     no_stats: NoStats = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; from a pipe, each line is a message."""
-    params = _sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    params = _sampling(locals())
     llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
     from .chat import Chat
 
@@ -242,11 +221,13 @@ def info(
         Console().print(render(found))
 
 
-def _sampling(**values: Any) -> "SamplingParams":
+def _sampling(options: Mapping[str, Any]) -> "SamplingParams":
+    """Of a command's options, those that are SamplingParams'."""
     from pace.engine.sampling_params import SamplingParams
 
+    names = {field.name for field in fields(SamplingParams)}
     try:
-        return SamplingParams(**values)
+        return SamplingParams(**{name: value for name, value in options.items() if name in names})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -256,8 +237,6 @@ def _operators(choice: str | None) -> "OperatorConfig":
 
     try:
         return OperatorConfig.parse(choice)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--ops is not JSON: {error}") from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

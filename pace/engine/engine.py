@@ -29,11 +29,6 @@ class Engine:
         self.scheduler = Scheduler(cache, max_batch_tokens, max_sequences)
         self._sampler = Sampler(tokenizer, operators or OperatorConfig())
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether any request waits or runs: `step` needs one."""
-        return self.scheduler.unfinished
-
     def add(self, request: Request) -> None:
         """Queue a request; it must fit the model's context and the cache (LLM checks that)."""
         self.scheduler.add(request)

@@ -35,10 +35,6 @@ class Scheduler:
         self._running: list[Request] = []
         self._reserved = 0  # tokens of capacity, of those who run
 
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
-
     def add(self, request: Request) -> None:
         self._waiting.append(request)
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from pace.cache import CacheShape, KVCache, Placement
+from pace.cache.base import Ints
 from pace.ops import GatedMLP, RMSNorm, RoPE
 from pace.reference.arrays import Array, Float
 
-from .base import Ints, Model
+from .base import Model
 from .config import Config
 from .layers import RopeParameters, SelfAttention
 from .weights import Weights

@@ -118,7 +118,7 @@ def test_requests_end_when_they_end(llm):
     pending = [llm._request([7, 8], p) for p in params]
     for request in pending:
         llm.engine.add(request)
-    while llm.engine.unfinished:
+    while any(request.finish_reason is None for request in pending):
         llm.engine.step()
         held = sum(request.finish_reason is None for request in pending)
         assert llm.cache.stats().used_bytes == held * block_bytes(llm)
@@ -135,7 +135,7 @@ def test_cancelling_while_waiting_and_while_running(llm):
     llm.engine.cancel(waiting)
     llm.engine.cancel(running)
     llm.engine.cancel(running)
-    while llm.engine.unfinished:
+    while last.finish_reason is None:
         assert llm.engine.step() == [last]
     assert [r.finish_reason for r in (running, waiting, last)] == ["cancelled", "cancelled", "length"]
     assert [len(r.token_ids) for r in (running, waiting, last)] == [1, 0, 4]
@@ -190,7 +190,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
         patch.setattr(llm.model, "logits", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[5, 6], [7]])
-    assert not llm.engine.unfinished
+    assert not llm.engine.scheduler.next_batch().requests
     assert llm.cache.stats().used_bytes == 0
 
 

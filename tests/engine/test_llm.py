@@ -83,7 +83,7 @@ def test_leaving_a_stream_early_frees_the_cache(llm):
     assert llm.cache.stats().used_bytes > 0
     stream.close()
     assert llm.cache.stats().used_bytes == 0
-    assert not llm.engine.unfinished
+    assert not llm.engine.scheduler.next_batch().requests
 
 
 def test_two_streams_at_a_time(llm):
@@ -445,7 +445,7 @@ def test_bad_requests(llm, prompt, params, match):
     error = (ValueError, TypeError)
     assert_refused(error, match, llm.generate, [good, prompt], [greedy(), greedy(**params)])
     assert_refused(error, match, list, llm.stream(prompt, greedy(**params)))
-    assert not llm.engine.unfinished  # nor does the good prompt wait
+    assert not llm.engine.scheduler.next_batch().requests  # nor does the good prompt wait
     assert llm.cache.stats().used_bytes == 0
 
 
