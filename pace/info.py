@@ -62,11 +62,6 @@ def render(info: Info) -> RenderableType:
     return Group(Text(), table, Text(), second, Text())
 
 
-def report(*, roofline: bool = False) -> RenderableType:
-    """`collect`, rendered."""
-    return render(collect(roofline=roofline))
-
-
 def _rows(info: Info) -> list[tuple[str, RenderableType]]:
     host = info.host
     rows: list[tuple[str, RenderableType]] = [

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from numbers import Number
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,14 @@ class LLM:
         config = OperatorConfig.parse(operators)
         path = resolve(str(model))
         with open_checkpoint(path) as checkpoint:
+            self.tokenizer = Tokenizer.load(path)  # before the weights: what is wrong with it is said at once
             self.model = load_model(checkpoint, dtype, config, progress)
             end_tokens = checkpoint.generation_config.get("eos_token_id") or checkpoint.config.get("eos_token_id")
-        self.tokenizer = Tokenizer.load(path)
         named = _as_tokens(end_tokens) or self.tokenizer.eos_token_ids
         self.end_tokens = frozenset(token for token in named if 0 <= token < self.model.vocabulary)
         capacity = kv_cache_bytes if kv_cache_bytes is not None else self._default_cache_bytes()
         self.cache = CACHES[cache](self.model.cache_shape, capacity, config)
-        self.engine = Engine(self.model, self.cache, self.tokenizer)
+        self.engine = Engine(self.model, self.cache, self.tokenizer, operators=config)
         self._ids = count()
 
     def _default_cache_bytes(self) -> int:
@@ -130,11 +131,11 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         text = prompt if isinstance(prompt, str) else None
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        given = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self._token_ids(given, "the prompt")
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
-        self._check_tokens(tokens, "the prompt")
-        self._check_tokens(params.stop_token_ids, "stop_token_ids")
+        self._token_ids(params.stop_token_ids, "stop_token_ids")
         if (params.logprobs or 0) > self.model.vocabulary:
             raise ValueError(f"logprobs is {params.logprobs}; the vocabulary has {self.model.vocabulary} tokens")
         max_tokens = self._room(len(tokens), params.max_tokens)
@@ -150,10 +151,14 @@ class LLM:
             stream=TextStream(detokenizer, params.stop, params.include_stop_str_in_output),
         )
 
-    def _check_tokens(self, tokens: Sequence[int], where: str) -> None:
-        for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < self.model.vocabulary:
-                raise ValueError(f"token {token} of {where} is outside the vocabulary of {self.model.vocabulary}")
+    def _token_ids(self, tokens: Sequence[int], where: str) -> list[int]:
+        """Of a list, also of NumPy's integers, or of a NumPy array or a torch tensor."""
+        listed = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        ids = [_as_id(token) for token in listed]
+        for token, value in zip(ids, listed, strict=True):
+            if not 0 <= token < self.model.vocabulary:
+                raise ValueError(f"token {value} of {where} is outside the vocabulary of {self.model.vocabulary}")
+        return ids
 
     def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """How many tokens of output there can be: as asked for, but within the model's context."""
@@ -174,10 +179,11 @@ def _as_tokens(value: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset(() if value is None else [value] if isinstance(value, int) else value)
 
 
-def _as_ids(prompt: Sequence[int]) -> list[int]:
-    """Of a list, or of a NumPy array or a torch tensor."""
-    ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-    return ids
+def _as_id(token: int) -> int:
+    try:
+        return index(token)
+    except TypeError:
+        return -1  # nobody's
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -77,6 +77,12 @@ def test_imports_go_one_way(path):
     assert upward(path, path.read_text()) == []
 
 
+@pytest.mark.parametrize("part", ["engine", "models", "cache"])
+def test_no_kernel_is_named_above_the_operators(part):
+    for path in (PACE / part).rglob("*.py"):
+        assert {name for name, _ in imports_of(path, path.read_text())}.isdisjoint({"kernels", "_kernels"}), path
+
+
 @pytest.mark.parametrize(
     ("module", "line", "part"),
     [

@@ -4,7 +4,8 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,7 +57,10 @@ def _as_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not found:
         raise typer.BadParameter(f"{text!r} is no size: write 4G, 512M or a number of bytes")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    size = float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")
+    if size >= 2**63:
+        raise typer.BadParameter(f"{found[0][:20]}… is more than any machine has")
+    return int(size)
 
 
 _SAMPLING, _MACHINE = "Sampling", "Machine"
@@ -136,18 +140,7 @@ def generate(
     no_stats: NoStats = False,
 ) -> None:
     """Complete a prompt, streaming. Only the model's text goes to stdout."""
-    params = _sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    params = _sampling(locals())
     text = _read(prompt)
     llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
     from .answer import Figures, stream
@@ -183,18 +176,7 @@ def chat(
     no_stats: NoStats = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; from a pipe, each line is a message."""
-    params = _sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    params = _sampling(locals())
     llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
     from .chat import Chat
 
@@ -239,11 +221,13 @@ def info(
         Console().print(render(found))
 
 
-def _sampling(**values: Any) -> "SamplingParams":
+def _sampling(options: Mapping[str, Any]) -> "SamplingParams":
+    """Of a command's options, those that are SamplingParams'."""
     from pace.engine.sampling_params import SamplingParams
 
+    names = {field.name for field in fields(SamplingParams)}
     try:
-        return SamplingParams(**values)
+        return SamplingParams(**{name: value for name, value in options.items() if name in names})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -253,8 +237,6 @@ def _operators(choice: str | None) -> "OperatorConfig":
 
     try:
         return OperatorConfig.parse(choice)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--ops is not JSON: {error}") from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from pace.cache import KVCache
 from pace.models import Model
+from pace.ops import OperatorConfig
 
 from .request import Request
 from .sampler import Sampler
@@ -22,15 +23,11 @@ class Engine:
         tokenizer: Tokenizer,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_sequences: int = MAX_SEQUENCES,
+        operators: OperatorConfig | None = None,
     ) -> None:
         self.model, self.cache = model, cache
         self.scheduler = Scheduler(cache, max_batch_tokens, max_sequences)
-        self._sampler = Sampler(tokenizer)
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether any request waits or runs: `step` needs one."""
-        return self.scheduler.unfinished
+        self._sampler = Sampler(tokenizer, operators or OperatorConfig())
 
     def add(self, request: Request) -> None:
         """Queue a request; it must fit the model's context and the cache (LLM checks that)."""
@@ -38,19 +35,38 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; nothing where it has ended."""
-        if request.finish_reason is None:
+        if request.finish_reason is not None:
+            return
+        try:
             request.cancel()
+        finally:
+            self.scheduler.withdraw(request)
             self.scheduler.retire()
 
     def step(self) -> list[Request]:
         """One forward pass; returns the requests that it brought a token or an end."""
         batch = self.scheduler.next_batch()
+        try:
+            return self._advance(batch)
+        except BaseException:  # Ctrl-C too: whoever is not cancelled goes on as if the step had not begun
+            self._take_back(batch)
+            raise
+        finally:
+            self.scheduler.retire()
+
+    def _advance(self, batch: Batch) -> list[Request]:
         hidden = self._forward(batch)
         ready = [batch.requests[i] for i in batch.complete]
         if ready:
             self._sampler.sample(self.model.logits(hidden[self._last_rows(batch)]), ready)
-        self.scheduler.retire()
         return ready
+
+    def _take_back(self, batch: Batch) -> None:
+        """Forget what was computed and led to no token: between steps a request's last token is never in the cache."""
+        for request in batch.requests:
+            assert request.sequence is not None
+            request.computed = min(request.computed, len(request.prompt_token_ids) + len(request.token_ids) - 1)
+            self.cache.truncate(request.sequence, request.computed)
 
     def _forward(self, batch: Batch) -> np.ndarray:
         counts = [len(tokens) for tokens in batch.tokens]

@@ -14,13 +14,6 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def _split(pattern: str) -> list[Any]:
@@ -34,16 +27,9 @@ _DIGITS = [pre_tokenizers.Digits(individual_digits=True), *_GPT2]
 PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
     "llama-bpe": _split(_LLAMA3),
-    "dbrx": _split(_LLAMA3),
-    "qwen2": _split(_QWEN2),
-    "deepseek-r1-qwen": _split(_QWEN2),
-    "gpt-4o": _split(_GPT4O),
 }
-_COMPOSED = ("qwen2", "deepseek-r1-qwen")  # text is normalised to NFC, as their Hugging Face tokenizers do
-_WHOLE_WORDS_FIRST = ("llama-bpe", "gpt-4o")  # a word that is a token needs no merges
+_WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word that is a token needs no merges
 
 
 def build(file: GGUFFile) -> Tokenizer:
@@ -71,8 +57,6 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    if pre in _COMPOSED:
-        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 

@@ -120,11 +120,11 @@ class Request:
         self._finish("cancelled", None)
 
     def _finish(self, reason: str, detail: int | str | None) -> None:
+        self.finish_reason, self.stop_reason = reason, detail  # first: whatever the text does, it is over
+        self.metrics.finished = time.perf_counter()
         self.stream.finish()
         if self.stream.stopped_by is not None and reason == "length":
-            reason, detail = "stop", self.stream.stopped_by
-        self.finish_reason, self.stop_reason = reason, detail
-        self.metrics.finished = time.perf_counter()
+            self.finish_reason, self.stop_reason = "stop", self.stream.stopped_by
 
     def output(self) -> RequestOutput:
         """What there is now; its `new_text` is what came since this was last called."""

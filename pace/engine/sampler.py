@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pace import kernels
+from pace.ops import OperatorConfig, Sampling
 from pace.reference.arrays import Float
 from pace.reference.sample import Bias, History, Sampled
 
@@ -13,15 +13,15 @@ from .tokenizer import Tokenizer
 
 
 class Sampler:
-    """Draws for many requests in one call of the kernel; the tokenizer names tokens in log-probabilities."""
+    """Draws for many requests in one call of the operator; the tokenizer names tokens in log-probabilities."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, operators: OperatorConfig) -> None:
+        self._tokenizer, self._sampling = tokenizer, Sampling(operators)
 
     def sample(self, logits: Float, requests: Sequence[Request]) -> None:
         """Draw the next token of each request, logits (requests, vocabulary), and have the request accept it."""
         asked = [request.params.logprobs for request in requests if request.params.logprobs is not None]
-        sampled: Sampled = kernels.sample(
+        sampled = self._sampling(
             logits,
             np.concatenate([request.row for request in requests]),
             np.array([0.0 if r.params.temperature == 0 else r.generator.random() for r in requests]),
@@ -51,7 +51,7 @@ class Sampler:
         request.cumulative_logprob += own.logprob
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return self._tokenizer.piece(token).decode(errors="replace")
 
 
 def history(requests: Sequence[Request]) -> History | None:

@@ -3,12 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
 from pace.reference.sample import SAMPLING_DTYPE
 
 _MOST = 1e6  # well within float32, which the kernel computes in
+_INTEGERS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_OPTIONAL = ("seed", "max_tokens", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +31,7 @@ class SamplingParams:
     logprobs n gives, for every token, the log-probabilities of the n most probable tokens and of the token itself, of
     the unmodified distribution; 0 of the token alone.
 
-    ValueError for a value out of its range, with the range.
+    ValueError for a value of another type or out of its range, with the range. NumPy's numbers are numbers.
     """
 
     temperature: float = 1.0
@@ -47,9 +52,14 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in _INTEGERS:
+            self._convert(name, Integral, int, "an integer")
+        for name in _NUMBERS:
+            self._convert(name, Real, float, "a number")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", self._items("stop", stop, str, str, "strings that are not empty"))
+        tokens = self._items("stop_token_ids", self.stop_token_ids, Integral, int, "token ids")
+        object.__setattr__(self, "stop_token_ids", tokens)
         for name, fits, wanted in (
             ("temperature", 0 <= self.temperature <= _MOST, f"from 0 to {_MOST}"),
             ("top_k", -1 <= self.top_k < 2**31, "a count, or 0 or -1 for none"),
@@ -60,13 +70,30 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
             ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "from 0 to max_tokens"),
-            ("stop", all(stop), "strings that are not empty"),
+            ("stop", all(self.stop), "strings that are not empty"),
             ("seed", self.seed is None or self.seed >= 0, "at least 0, or None"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None"),
         ):
             value = getattr(self, name)
             if not fits or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+    def _convert(self, name: str, kind: type, to: type, wanted: str) -> None:
+        value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}{', or None' if name in _OPTIONAL else ''}")
+        object.__setattr__(self, name, to(value))
+
+    def _items(self, name: str, values: Any, kind: type, to: type, wanted: str) -> tuple[Any, ...]:
+        try:
+            items = tuple(values)
+        except TypeError:
+            items = (None,)
+        if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+            raise ValueError(f"{name} is {values!r}; it must be {wanted}")
+        return tuple(to(item) for item in items)
 
     @property
     def penalises(self) -> bool:

@@ -5,6 +5,7 @@ A request is admitted when the cache has room for all that it can become, so it 
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pace.cache import KVCache
@@ -34,10 +35,6 @@ class Scheduler:
         self._running: list[Request] = []
         self._reserved = 0  # tokens of capacity, of those who run
 
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
-
     def add(self, request: Request) -> None:
         self._waiting.append(request)
 
@@ -45,9 +42,9 @@ class Scheduler:
         """Admit whom there is room for; then pieces of prompts, or one token of everybody if no prompt is left."""
         self._admit()
         prefilling = [request for request in self._running if not request.prefilled]
-        batch = self._prompts(prefilling) if prefilling else Batch(self._running[:], [])
-        tokens = batch.tokens or [request.next_tokens(1) for request in batch.requests]
-        return Batch(batch.requests, tokens)
+        if prefilling:
+            return self._prompts(prefilling)
+        return Batch(self._running[:], [request.next_tokens(1) for request in self._running])
 
     def _admit(self) -> None:
         capacity = self.cache.stats().capacity_tokens
@@ -79,4 +76,9 @@ class Scheduler:
             assert request.sequence is not None
             self.cache.free(request.sequence)
             self._reserved -= self.cache.tokens_needed(request.most_tokens)
-        self._waiting = deque(request for request in self._waiting if request.finish_reason is None)
+
+    def withdraw(self, request: Request) -> None:
+        """Take out one that waits; nothing where it does not."""
+        if request.sequence is None:
+            with suppress(ValueError):
+                self._waiting.remove(request)

@@ -1,8 +1,7 @@
 """Models: checkpoints on disk, and the architectures that run them."""
 
 from importlib import import_module
-
-import numpy as np
+from math import prod
 
 from pace.errors import ModelError
 from pace.ops import OperatorConfig
@@ -36,10 +35,16 @@ def load_model(
 
 
 def choose_dtype(asked: str, checkpoint: Checkpoint) -> Dtype:
-    """float32 for a float32 checkpoint, bfloat16 for any other, unless one is asked for."""
+    """float32 for a float32 checkpoint, bfloat16 for any other, unless one is asked for.
+
+    A checkpoint is what it says, or else what its largest tensor (the embedding) is.
+    """
     if asked in DTYPES:
         return DTYPES[asked]
     if asked != "auto":
         raise ValueError(f"dtype is {asked!r}; it must be auto, {' or '.join(DTYPES)}")
     declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return float32 if declared in ("float32", np.float32) else bfloat16
+    if declared is None:
+        largest = max(checkpoint.names(), key=lambda name: prod(checkpoint.shape(name)), default=None)
+        declared = "float32" if largest is not None and checkpoint.dtype(largest) == float32 else "bfloat16"
+    return float32 if declared == "float32" else bfloat16

@@ -3,10 +3,9 @@
 from abc import ABC, abstractmethod
 
 from pace.cache import CacheShape, KVCache, Placement
+from pace.cache.base import Ints
 from pace.ops.registry import Dtype
 from pace.reference.arrays import Array, Float
-
-Ints = Array
 
 
 class Model(ABC):

@@ -287,6 +287,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "dtype": _dtype(file),
         **architecture.constants,
     }
     for key, source in architecture.config.items():
@@ -302,34 +303,35 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        config["rope_parameters"] = _rope_parameters(file, f"{name}.rope.", config["max_position_embeddings"])
+        config["rope_parameters"] = _rope_parameters(file, f"{name}.rope.")
     except KeyError as missing:
         raise ModelError(f"{file.path} does not say {missing}: the file is not complete, download another") from None
     return config
 
 
-def _rope_parameters(file: GGUFFile, prefix: str, max_positions: int) -> dict[str, Any]:
+def _dtype(file: GGUFFile) -> str:
+    """float32 where every matrix is; bfloat16 for quantised files too, which the metadata says nothing of."""
+    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return "float32" if kinds == {GGMLQuantizationType.F32} else "bfloat16"
+
+
+def _rope_parameters(file: GGUFFile, prefix: str) -> dict[str, Any]:
     metadata = file.metadata
     theta = metadata.get(prefix + "freq_base", 10000.0)
     if "rope_freqs.weight" in file.tensors:
         tensor = file.tensors["rope_freqs.weight"]
         factors = file.mapped.array(tensor.offset, np.dtype(np.float32), tensor.shape).astype(np.float64)
-        return {"rope_theta": theta} | _rope_of_factors(factors, theta, max_positions)
+        return {"rope_theta": theta} | _rope_of_factors(file, factors, theta)
     kind = metadata.get(prefix + "scaling.type", "none")
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"{file.path} scales RoPE by {kind!r}: linear, yarn and rope_freqs are supported")
-    parameters = {"rope_type": kind, "rope_theta": theta, "factor": metadata[prefix + "scaling.factor"]}
-    if (original := metadata.get(prefix + "scaling.original_context_length")) is not None:
-        parameters["original_max_position_embeddings"] = original
-    return parameters
+    if kind != "linear":
+        raise ModelError(f"{file.path} scales RoPE by {kind!r}: linear and Llama 3's rope_freqs are supported")
+    return {"rope_type": kind, "rope_theta": theta, "factor": metadata[prefix + "scaling.factor"]}
 
 
-def _rope_of_factors(
-    factors: np.ndarray[Any, np.dtype[np.float64]], theta: float, max_positions: int
-) -> dict[str, Any]:
-    """Divisors of each frequency, as llama3 parameters where they are Llama 3's, else as longrope's factor lists."""
+def _rope_of_factors(file: GGUFFile, factors: np.ndarray[Any, np.dtype[np.float64]], theta: float) -> dict[str, Any]:
+    """Divisors of each frequency, as the llama3 parameters that they were made of."""
     if np.all(factors == 1):
         return {"rope_type": "default"}
     low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
@@ -338,6 +340,4 @@ def _rope_of_factors(
     if np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
         llama3 = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
         return {"rope_type": "llama3", "factor": factor, **llama3}
-    lists = {"short_factor": factors.tolist(), "long_factor": factors.tolist()}
-    unscaled = {"attention_factor": 1.0, "factor": 1.0, "original_max_position_embeddings": max_positions}
-    return {"rope_type": "longrope", **lists, **unscaled}
+    raise ModelError(f"{file.path} has rope_freqs that are not Llama 3's: those and linear scaling are supported")

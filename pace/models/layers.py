@@ -54,6 +54,9 @@ class RopeParameters:
         kind = settings.get("rope_type") or settings.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise ModelError(f"rope_type is {kind!r}; this model is supported with {', '.join(ROPE_TYPES)}")
+        partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+        if partial != 1:
+            raise ModelError(f"partial_rotary_factor in config.json is {partial!r}; this model is supported with 1")
         for key in ROPE_TYPES[kind]:
             if not isinstance(settings.get(key), int | float):
                 raise ModelError(
@@ -80,8 +83,3 @@ class RopeParameters:
         keep = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
         blended: Float = (1 - keep) * frequencies / np.float32(factor) + keep * frequencies
         return blended.astype(np.float32)
-
-    def tables(self, rotary_dim: int, max_positions: int) -> tuple[Float, Float]:
-        """cos and sin of every position, (max_positions, rotary_dim / 2). In float32 throughout, as transformers'."""
-        angles: Float = np.arange(max_positions, dtype=np.float32)[:, None] * self.frequencies(rotary_dim)
-        return np.cos(angles), np.sin(angles)

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from pace.cache import CacheShape, KVCache, Placement
+from pace.cache.base import Ints
 from pace.ops import GatedMLP, RMSNorm, RoPE
 from pace.reference.arrays import Array, Float
 
-from .base import Ints, Model
+from .base import Model
 from .config import Config
 from .layers import RopeParameters, SelfAttention
 from .weights import Weights
@@ -35,8 +36,8 @@ class Llama(Model):
         self.cache_shape = CacheShape(layers, kv_heads, head_dim, weights.dtype)
         tied = config.flag("tie_word_embeddings", False)
         self.head = weights.lm_head("model.embed_tokens.weight", "lm_head.weight", self.vocabulary, hidden, tied)
-        cos, sin = RopeParameters.of(config.values).tables(head_dim, self.max_positions)
-        rope = RoPE(weights.operators, weights.dtype, cos, sin)
+        frequencies = RopeParameters.of(config.values).frequencies(head_dim)
+        rope = RoPE(weights.operators, weights.dtype, frequencies, self.max_positions)
 
         def layer(index: int) -> Layer:
             name = f"model.layers.{index}"

@@ -10,7 +10,6 @@ from typing import Self
 import numpy as np
 from tqdm import tqdm
 
-from pace import kernels
 from pace.errors import ModelError
 from pace.ops import GatedMLP, Linear, LMHead, OperatorConfig, RMSNorm
 from pace.ops.registry import Dtype
@@ -52,9 +51,6 @@ class Weights:
                 "its config.json and its weights are of different models"
             )
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._left
-
     def ignore(self, name: str) -> None:
         """Leave a tensor out on purpose."""
         self._left.discard(name)
@@ -72,7 +68,7 @@ class Weights:
         self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int, bias: bool = False
     ) -> Linear:
         """One linear layer of the weights NAME.weight (and NAME.bias), one below the other."""
-        packed = self._packed([f"{name}.weight" for name in names], rows, columns)
+        packed = self._packed(operator, [f"{name}.weight" for name in names], rows, columns)
         biases = [self.vector(f"{name}.bias", count) for name, count in zip(names, rows, strict=True)] if bias else None
         return Linear(operator, self.operators, self.dtype, packed, np.concatenate(biases) if biases else None)
 
@@ -80,15 +76,17 @@ class Weights:
         self, gate: str, up: str, down: str, hidden: int, inner: int, activation: str, bias: bool
     ) -> GatedMLP:
         """gate and up are (inner, hidden), down is (hidden, inner); with `bias` all three have one."""
+        for name in (gate, up):
+            self._check(f"{name}.weight", (inner, hidden))
         gate_up = PackedLinear.empty(inner, hidden, self.dtype, gated=True)
         for first, name in enumerate((gate, up)):
-            self._pack(f"{name}.weight", (inner, hidden), gate_up, first, 2)
+            self._pack("mlp", f"{name}.weight", (inner, hidden), gate_up, first, 2)
         biases = [self.vector(f"{name}.bias", inner) for name in (gate, up)] if bias else None
         return GatedMLP(
             self.operators,
             self.dtype,
             gate_up,
-            self._packed([f"{down}.weight"], [hidden], inner),
+            self._packed("mlp", [f"{down}.weight"], [hidden], inner),
             activation,
             np.concatenate(biases) if biases else None,
             self.vector(f"{down}.bias", hidden) if bias else None,
@@ -99,44 +97,63 @@ class Weights:
 
     def lm_head(self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool) -> LMHead:
         """Two tables of (vocabulary, hidden); one for both where they are tied."""
-        table = self._packed([embedding], [vocabulary], hidden)
+        table = self._packed("lm_head", [embedding], [vocabulary], hidden)
         if tied:
             self.ignore(head)
-        return LMHead(self.operators, self.dtype, table, table if tied else self._packed([head], [vocabulary], hidden))
+        packed = table if tied else self._packed("lm_head", [head], [vocabulary], hidden)
+        return LMHead(self.operators, self.dtype, table, packed)
 
-    def _packed(self, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
+    def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
+        for name, count in zip(names, rows, strict=True):  # before memory is taken for what may be absurd
+            self._check(name, (count, columns))
         packed = PackedLinear.empty(sum(rows), columns, self.dtype)
         if any(count % PANEL for count in rows[:-1]):  # a weight that ends within a panel: only toy models have it
             for name, count in zip(names, rows, strict=True):
                 self._take(name, (count, columns))
             whole = np.concatenate([self.checkpoint.read(name).astype(np.float32) for name in names])
-            self._pack_rows(" and ".join(names), whole, packed, 0, 1)
+            self._pack_rows(operator, " and ".join(names), whole, packed, 0, 1)
             return packed
         first = 0
         for name, count in zip(names, rows, strict=True):
-            self._pack(name, (count, columns), packed, first, 1)
+            self._pack(operator, name, (count, columns), packed, first, 1)
             first += count // PANEL
         return packed
 
-    def _pack(self, name: str, shape: tuple[int, int], into: PackedLinear, first_panel: int, panel_step: int) -> None:
+    def _pack(
+        self,
+        operator: str,
+        name: str,
+        shape: tuple[int, int],
+        into: PackedLinear,
+        first_panel: int,
+        panel_step: int,
+    ) -> None:
         self._take(name, shape)
         rows, columns = shape
         slab = max(SLAB_BYTES // (columns * 4) // PANEL, 1) * PANEL
         for start in range(0, rows, slab):
             part = self.checkpoint.read_rows(name, start, min(start + slab, rows))
-            self._pack_rows(name, part, into, first_panel + start // PANEL * panel_step, panel_step)
+            self._pack_rows(operator, name, part, into, first_panel + start // PANEL * panel_step, panel_step)
             self.checkpoint.release(name)
 
-    def _pack_rows(self, name: str, rows: Array, into: PackedLinear, first_panel: int, panel_step: int) -> None:
+    def _pack_rows(
+        self, operator: str, name: str, rows: Array, into: PackedLinear, first_panel: int, panel_step: int
+    ) -> None:
         if rows.dtype not in PACKED:
             rows = rows.astype(np.float32)
         try:
-            kernels.pack_linear(rows, into, first_panel, panel_step)
-        except ValueError:
+            self.operators.resolve(operator, self.dtype).pack_linear(rows, into, first_panel, panel_step)
+        except ValueError as error:
+            if "holds NaN" not in str(error):
+                raise
             raise self._damaged(name) from None
         self._count(rows)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
+        self._check(name, shape)
+        self._left.discard(name)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._left:
             raise ModelError(
                 f"{self.checkpoint.path} lacks tensor {name}: its download is not whole, or its config.json wrong"
@@ -149,7 +166,6 @@ class Weights:
                 f"{name} in {self.checkpoint.path} is of dtype {self.checkpoint.dtype(name)}; supported are "
                 f"{', '.join(map(str, STORED))}: convert it"
             )
-        self._left.discard(name)
 
     def _count(self, values: Array) -> None:
         size = values.size * self.dtype.itemsize

@@ -26,6 +26,7 @@ class OperatorConfig:
     out_projection: str = ""
     mlp: str = ""
     lm_head: str = ""
+    sampling: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -1,11 +1,12 @@
-"""The operators that models are made of. Each holds its weights and the functions of its backend, settled when it is
-built, and does nothing but call them; the functions' contracts are in pace.reference.
+"""The operators that models and the sampler are made of. Each holds its weights and the functions of its backend,
+settled when it is built, and does nothing but call them; the functions' contracts are in pace.reference.
 """
 
 import numpy as np
 
-from pace.reference.arrays import Array, Float
+from pace.reference.arrays import Array, Float, float32
 from pace.reference.pack_linear import PackedLinear
+from pace.reference.sample import Bias, History, Sampled
 
 from .config import OperatorConfig
 from .registry import Dtype
@@ -91,14 +92,38 @@ class LMHead:
 
 
 class RoPE:
-    """Rotary position embedding; cos and sin are (max_positions, rotary_dim / 2)."""
+    """Rotary position embedding; frequencies (rotary_dim / 2,) float32 are radians a position.
 
-    def __init__(self, config: OperatorConfig, dtype: Dtype, cos: Float, sin: Float, interleaved: bool = False) -> None:
+    Tables of cosines and sines grow with the positions that come, up to max_positions: a model may allow a million.
+    """
+
+    FIRST_POSITIONS = 4096
+
+    def __init__(
+        self, config: OperatorConfig, dtype: Dtype, frequencies: Float, max_positions: int, interleaved: bool = False
+    ) -> None:
         self._functions = config.resolve("rope", dtype)
-        self.cos, self.sin, self.interleaved = cos, sin, interleaved
+        self.frequencies, self.max_positions, self.interleaved = frequencies, max_positions, interleaved
+        self._tables = self._computed(min(self.FIRST_POSITIONS, max_positions))
+        self._covered: Array | None = None
 
     def __call__(self, q: Array, k: Array, positions: Array) -> None:
-        self._functions.rope(q, k, self.cos, self.sin, positions, self.interleaved)
+        if positions is not self._covered:  # every layer comes with the same array
+            self._cover(int(positions.max(initial=0)) + 1)
+            self._covered = positions
+        self._functions.rope(q, k, *self._tables, positions, self.interleaved)
+
+    def _cover(self, num_positions: int) -> None:
+        size = len(self._tables[0])
+        while size < min(num_positions, self.max_positions):
+            size *= 2
+        if size > len(self._tables[0]):
+            self._tables = self._computed(min(size, self.max_positions))
+
+    def _computed(self, num_positions: int) -> tuple[Float, Float]:
+        """In float32 throughout, as transformers'."""
+        angles: Float = np.arange(num_positions, dtype=np.float32)[:, None] * self.frequencies
+        return np.cos(angles), np.sin(angles, out=angles)
 
 
 class Attention:
@@ -107,3 +132,22 @@ class Attention:
     def __init__(self, config: OperatorConfig, dtype: Dtype) -> None:
         functions = config.resolve("attention", dtype)
         self.store, self.attend = functions.store_kv, functions.attend
+
+
+class Sampling:
+    """Tokens from logits, (rows, vocabulary) float32 in every dtype of the model."""
+
+    def __init__(self, config: OperatorConfig) -> None:
+        self._functions = config.resolve("sampling", float32)
+
+    def __call__(
+        self,
+        logits: Float,
+        params: Array,
+        draws: Array,
+        history: History | None,
+        bias: Bias | None,
+        top_logprobs: int | None,
+    ) -> Sampled:
+        """One token a row, by `params` (rows,) SAMPLING_DTYPE."""
+        return self._functions.sample(logits, params, draws, history, bias, top_logprobs)  # type: ignore[no-any-return]

@@ -29,6 +29,7 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "out_projection": ("pack_linear", "linear"),
     "mlp": ("pack_linear", "linear", "gated_mlp"),
     "lm_head": ("pack_linear", "linear", "embed"),
+    "sampling": ("sample",),
 }
 FALLBACK = ("NATIVE", "REFERENCE")
 

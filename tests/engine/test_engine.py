@@ -118,7 +118,7 @@ def test_requests_end_when_they_end(llm):
     pending = [llm._request([7, 8], p) for p in params]
     for request in pending:
         llm.engine.add(request)
-    while llm.engine.unfinished:
+    while any(request.finish_reason is None for request in pending):
         llm.engine.step()
         held = sum(request.finish_reason is None for request in pending)
         assert llm.cache.stats().used_bytes == held * block_bytes(llm)
@@ -135,11 +135,27 @@ def test_cancelling_while_waiting_and_while_running(llm):
     llm.engine.cancel(waiting)
     llm.engine.cancel(running)
     llm.engine.cancel(running)
-    while llm.engine.unfinished:
+    while last.finish_reason is None:
         assert llm.engine.step() == [last]
     assert [r.finish_reason for r in (running, waiting, last)] == ["cancelled", "cancelled", "length"]
     assert [len(r.token_ids) for r in (running, waiting, last)] == [1, 0, 4]
     assert llm.cache.stats().used_bytes == 0
+
+
+def test_who_waits_costs_a_step_nothing(llm, monkeypatch):
+    """The waiting are not looked through at every step, and can be cancelled in any order."""
+    with_engine(llm, max_sequences=1)
+    pending = [llm._request([7, 8], SamplingParams(max_tokens=3, ignore_eos=True)) for _ in range(6)]
+    for request in pending:
+        llm.engine.add(request)
+    waiting = llm.engine.scheduler._waiting
+    llm.engine.step()
+    assert llm.engine.scheduler._waiting is waiting
+    for request in pending[1:4][::-1]:
+        llm.engine.cancel(request)
+    while any(request.finish_reason is None for request in pending):
+        llm.engine.step()
+    assert [len(request.token_ids) for request in pending] == [3, 0, 0, 0, 3, 3]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -174,5 +190,50 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
         patch.setattr(llm.model, "logits", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[5, 6], [7]])
-    assert not llm.engine.unfinished
+    assert not llm.engine.scheduler.next_batch().requests
     assert llm.cache.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("where", ["forward", "logits"])
+def test_an_interrupted_generate_does_not_touch_the_others(llm, monkeypatch, where):
+    with_engine(llm)
+    params = SamplingParams(seed=3, max_tokens=12, logprobs=1, ignore_eos=True)
+    expected = answers(llm.generate([[5, 6, 7]], params))
+    stream = llm.stream([5, 6, 7], params)
+    for _ in range(4):
+        next(stream)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    original = llm.engine.scheduler.next_batch
+    with monkeypatch.context() as patch:
+        # Once the new prompts are through, the batch has the paused stream in it.
+        def next_batch():
+            batch = original()
+            if len(batch.requests) == 3:
+                patch.setattr(llm.model, where, interrupted)
+            return batch
+
+        patch.setattr(llm.engine.scheduler, "next_batch", next_batch)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[5, 6], [7]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert answers([list(stream)[-1]]) == expected
+    assert llm.cache.stats().used_bytes == 0
+
+
+def test_a_request_whose_text_cannot_be_finished_is_over_all_the_same(llm, monkeypatch):
+    with_engine(llm)
+    request = llm._request([7, 8], SamplingParams(max_tokens=4, ignore_eos=True))
+    llm.engine.add(request)
+    llm.engine.step()
+
+    def broken():
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(request.stream, "finish", broken)
+    with pytest.raises(RuntimeError, match="no text"):
+        llm.engine.cancel(request)
+    assert request.finish_reason == "cancelled"
+    assert llm.cache.stats().used_bytes == 0
+    assert len(llm.generate([[7, 8]], SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2

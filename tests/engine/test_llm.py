@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from pace import LLM, ModelError, SamplingParams
+from pace import LLM, ModelError, SamplingParams, kernels
 from pace.engine.stopping import TextStream, overlap
+from pace.ops import OperatorConfig, registry
+from tests.kernels.arrays import BF16, F32
 
 from .fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, scripted, word, write_model
 
@@ -79,7 +83,7 @@ def test_leaving_a_stream_early_frees_the_cache(llm):
     assert llm.cache.stats().used_bytes > 0
     stream.close()
     assert llm.cache.stats().used_bytes == 0
-    assert not llm.engine.unfinished
+    assert not llm.engine.scheduler.next_batch().requests
 
 
 def test_two_streams_at_a_time(llm):
@@ -352,6 +356,25 @@ def test_reference_operators_say_the_same(directory, llm):
     assert texts[0] == texts[1]
 
 
+def test_every_function_of_reference_operators_is_the_reference(directory, monkeypatch):
+    """Packing and sampling too: on REFERENCE nothing native runs."""
+    registry.resolve.cache_clear()
+
+    def native(name):
+        raise AssertionError(f"{name} is native")
+
+    for operator, names in registry.OPERATORS.items():
+        registration = registry.Registration({name: partial(native, name) for name in names}, (F32, BF16))
+        monkeypatch.setitem(registry._registry, (operator, "NATIVE"), registration)
+    for name in kernels.OPERATIONS:
+        monkeypatch.setattr(kernels, name, partial(native, name))
+    try:
+        reference = LLM(directory, kv_cache_bytes=4 << 20, operators="REFERENCE")
+        assert len(one(reference, SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+    finally:
+        registry.resolve.cache_clear()
+
+
 def in_the_reference(smollm2, max_tokens):
     """SmolLM2's sentence of a process on the reference rung."""
     code = f"""
@@ -413,6 +436,8 @@ def assert_refused(error, match, call, *args, **kwargs):
         ([5], {"stop_token_ids": [VOCABULARY]}, f"token {VOCABULARY} of stop_token_ids is outside the vocabulary"),
         ([5], {"stop_token_ids": [-1], "min_tokens": 3}, "token -1 of stop_token_ids is outside the vocabulary"),
         ([5.5], {}, "token 5.5 of the prompt is outside"),
+        ([np.int64(VOCABULARY)], {}, f"token {VOCABULARY} of the prompt is outside"),
+        (np.ones((2, 2), int), {}, r"token \[1, 1\] of the prompt is outside"),
     ],
 )
 def test_bad_requests(llm, prompt, params, match):
@@ -420,8 +445,17 @@ def test_bad_requests(llm, prompt, params, match):
     error = (ValueError, TypeError)
     assert_refused(error, match, llm.generate, [good, prompt], [greedy(), greedy(**params)])
     assert_refused(error, match, list, llm.stream(prompt, greedy(**params)))
-    assert not llm.engine.unfinished  # nor does the good prompt wait
+    assert not llm.engine.scheduler.next_batch().requests  # nor does the good prompt wait
     assert llm.cache.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda ids: [np.int32(token) for token in ids]])
+def test_prompts_of_any_kind_of_integers(llm, form):
+    expected = llm.generate([[5, 6, 7]], GREEDY)[0]
+    result = llm.generate([form([5, 6, 7])], GREEDY)[0]
+    assert result.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert result.prompt_token_ids == [5, 6, 7]
+    assert {type(token) for token in result.prompt_token_ids} == {int}
 
 
 @pytest.mark.parametrize(
@@ -445,11 +479,35 @@ def test_bad_requests(llm, prompt, params, match):
         {"stop": [""]},
         {"seed": -1},
         {"logprobs": -1},
+        {"stop": [3]},
+        {"stop": 3},
+        {"stop": None},
+        {"seed": 1.5},
+        {"seed": "1"},
+        {"top_k": 2.0},
+        {"top_k": None},
+        {"max_tokens": 3.5},
+        {"max_tokens": True},
+        {"min_tokens": "1"},
+        {"logprobs": 1.0},
+        {"stop_token_ids": [1.5]},
+        {"stop_token_ids": 3},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"top_p": "0.5"},
+        {"min_p": 1j},
     ],
 )
 def test_bad_sampling_params(params):
     (name,) = params
     assert_refused(ValueError, f"{name} is .*; it must be", SamplingParams, **params)
+
+
+def test_sampling_params_of_numpy_numbers():
+    numbers = {"temperature": np.float32(0.5), "seed": np.int64(3), "max_tokens": np.int32(4), "logprobs": np.uint8(2)}
+    params = SamplingParams(**numbers, stop_token_ids=np.array([5, 6]))
+    assert params == SamplingParams(temperature=0.5, seed=3, max_tokens=4, logprobs=2, stop_token_ids=(5, 6))
+    assert {type(value) for value in (params.seed, params.max_tokens, *params.stop_token_ids)} == {int}
 
 
 def test_as_many_params_as_prompts(llm):
@@ -511,6 +569,26 @@ def test_extra_tensors(broken):
     assert_refused(ModelError, "lacks tensor .*bias", LLM, path)
 
 
+def test_an_absurd_context_takes_no_memory(broken, llm):
+    endless = LLM(broken(max_position_embeddings=10**13), kv_cache_bytes=4 << 20)
+    assert one(endless, GREEDY).token_ids == one(llm, GREEDY).token_ids
+
+
+@pytest.mark.parametrize("size", ["intermediate_size", "vocab_size", "hidden_size"])
+def test_absurd_sizes_take_no_memory(broken, size):
+    path = broken(**{size: 10**13, "num_attention_heads": 6, "head_dim": 24})
+    assert_refused(ModelError, r"\.weight in .* has shape \(.*\); its config.json makes it \(", LLM, path)
+
+
+def test_only_nan_is_called_nan(directory, monkeypatch):
+    def other(*_):
+        raise ValueError("weight has shape (1, 2)")
+
+    operators = SimpleNamespace(pack_linear=other)
+    monkeypatch.setattr(OperatorConfig, "resolve", lambda *_: operators)
+    assert_refused(ValueError, r"^weight has shape \(1, 2\)", LLM, directory)
+
+
 def test_tables_that_are_computed_are_not_extra(broken):
     LLM(broken(lambda stored: stored.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(12, np.float32)})))
 
@@ -564,7 +642,9 @@ def test_no_config(broken):
 def test_no_tokenizer(broken):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken() / name).unlink()
-    assert_refused(ModelError, "has no tokenizer.json", LLM, broken())
+    assert_refused(
+        ModelError, "has no tokenizer.json", LLM, broken(intermediate_size=137)
+    )  # said before any weight is read
 
 
 def test_no_such_model(tmp_path):
@@ -584,6 +664,11 @@ def test_no_such_model(tmp_path):
         ({"rms_norm_eps": "small"}, "rms_norm_eps in config.json is 'small'; it must be a number"),
         ({"hidden_act": "mish"}, "hidden_act in config.json is 'mish'; supported are silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings in config.json is 'yes'; it must be true or false"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in config.json is 0.5; .* supported with 1"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor in config.json is 0.25",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; .* default, linear, llama3"),
         (
             {"rope_parameters": {"rope_type": "linear"}},

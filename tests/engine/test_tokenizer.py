@@ -5,13 +5,19 @@ import json
 import pydoc_data.topics
 
 import gguf
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pace import SamplingParams
+from pace.engine.request import Request
+from pace.engine.sampler import Sampler
+from pace.engine.stopping import TextStream
 from pace.engine.tokenizer import Detokenizer, Tokenizer
 from pace.errors import ModelError
+from pace.ops import OperatorConfig
 
 TEXTS = [
     *list(pydoc_data.topics.topics.values())[::4],
@@ -184,6 +190,23 @@ def test_the_first_space(spm, tmp_path):
     assert spm.decode(ids) == "ab ab"
     assert "".join(pushed(spm, ids, follows_text=True)[0]) == " ab ab"
     assert sentencepiece(tmp_path / "bare.gguf", space_first=False).decode(ids) == " ab ab"
+
+
+def test_the_text_of_a_logprob_keeps_its_space(spm):
+    """A token in the midst of a text is not at its beginning."""
+    request = Request(
+        id="0",
+        prompt=None,
+        prompt_token_ids=[3],
+        params=SamplingParams(temperature=0, logprobs=1),
+        max_tokens=2,
+        end_tokens=frozenset(),
+        stream=TextStream(Detokenizer(spm), (), include_stop=False),
+    )
+    logits = np.zeros((1, len(TOKENS)), np.float32)
+    logits[0, TOKENS.index("▁ab")] = 9
+    Sampler(spm, OperatorConfig()).sample(logits, [request])
+    assert request.logprobs[0][TOKENS.index("▁ab")].decoded_token == " ab"
 
 
 @pytest.fixture

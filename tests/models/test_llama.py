@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pace import LLM, SamplingParams
@@ -16,6 +17,8 @@ from pace.cache import CACHES
 from pace.engine.tokenizer import Tokenizer
 from pace.models import load_model, open_checkpoint
 from pace.ops import OperatorConfig
+
+from .tiny import llama, write_gguf
 
 BF16 = ml_dtypes.bfloat16
 
@@ -244,6 +247,22 @@ def test_any_checkpoint_in_any_dtype(tmp_path, stored):
         assert ours.dtype == np.dtype({"float32": np.float32, "bfloat16": BF16}[dtype])
         assert np.array_equal(ours.logits(run(ours, tokens)), expected.logits(run(expected, tokens)))
     assert load(tmp_path / "stored").dtype == (np.float32 if stored == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_auto_where_no_dtype_is_declared(tmp_path, stored):
+    save(tmp_path, make(dtype=stored))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).dtype == (np.float32 if stored == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Kind.F32, np.float32), (Kind.F16, BF16), (Kind.BF16, BF16), (Kind.Q8_0, BF16)], ids=str
+)
+def test_auto_of_gguf(tmp_path, kind, dtype):
+    assert load(write_gguf(tmp_path / "tiny.gguf", llama(), kind)).dtype == dtype
 
 
 def test_float32_weights_are_rounded_once_to_bfloat16(tmp_path):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pace import isa, kernels
-from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, registry
+from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, Sampling, registry
 from pace.reference.pack_linear import pack_linear
+from pace.reference.sample import SAMPLING_DTYPE
 from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, draw, rng
 
 NAMES = [field.name for field in fields(OperatorConfig)]
@@ -112,7 +113,7 @@ def test_a_backend_falls_back_where_it_does_not_serve_and_says_so_once(outside, 
         assert outside.calls == 1
         for _ in range(2):
             RMSNorm(config, BF16, np.ones(8, np.float32), 1e-5)(np.ones((2, 8), BF16))
-            RoPE(config, F32, np.ones((4, 2), np.float32), np.ones((4, 2), np.float32))
+            RoPE(config, F32, np.ones(2, np.float32), 4)
     assert outside.calls == 1
     assert caplog.messages == [
         f"NORMS does not serve norm in bfloat16: using {fallback}",
@@ -178,9 +179,33 @@ def norm(make):
 
 def rope(config, kind):
     q, k = (draw(rng(n), (ROWS, n, 12), kind) for n in (4, 2))
-    angles = np.arange(20, dtype=np.float32)[:, None] * np.linspace(0.1, 1, 6, dtype=np.float32)
-    RoPE(config, kind, np.cos(angles), np.sin(angles))(q, k, np.arange(3, 3 + ROWS, dtype=np.int32))
+    frequencies = np.linspace(0.1, 1, 6, dtype=np.float32)
+    RoPE(config, kind, frequencies, 20)(q, k, np.arange(3, 3 + ROWS, dtype=np.int32))
     return q, k
+
+
+def test_rope_tables_grow(monkeypatch):
+    """Any order of positions, at any size of the tables so far, gives the same bits; none beyond max_positions."""
+    frequencies = np.linspace(0.1, 1, 6, dtype=np.float32)
+    q, k = (draw(rng(n), (ROWS, n, 12), F32) for n in (4, 2))
+
+    def rotated(operator, first):
+        a, b = q.copy(), k.copy()
+        operator(a, b, np.arange(first, first + ROWS, dtype=np.int32))
+        return a, b
+
+    whole = RoPE(OperatorConfig(), F32, frequencies, 3000)
+    monkeypatch.setattr(RoPE, "FIRST_POSITIONS", 16)
+    growing = RoPE(OperatorConfig(), F32, frequencies, 3000)
+    for first in (0, 9, 10, 200, 3, 3000 - ROWS):
+        assert all(map(np.array_equal, rotated(growing, first), rotated(whole, first)))
+    for operator in (whole, growing):
+        with pytest.raises(ValueError, match=r"positions\[\d\] is 3000; the tables have 3000 positions"):
+            rotated(operator, 3000 - ROWS + 1)
+
+
+def test_rope_tables_take_no_memory_for_positions_that_do_not_come():
+    RoPE(OperatorConfig(), F32, np.ones(64, np.float32), 10**13)
 
 
 def linear(config, kind):
@@ -201,6 +226,14 @@ def lm_head(config, kind):
     return embedded, logits
 
 
+def sampling(config, kind):
+    params = np.zeros(ROWS, SAMPLING_DTYPE)
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        params[name] = 1
+    drawn = Sampling(config)(rows(F32), params, np.linspace(0.05, 0.95, ROWS), None, None, 3)
+    return drawn.tokens, drawn.logprobs, drawn.top_tokens
+
+
 OPERATORS = {
     "rms_norm": norm(lambda config, kind: RMSNorm(config, kind, vector(HIDDEN), 1e-5)),
     "layer_norm": norm(lambda config, kind: LayerNorm(config, kind, vector(HIDDEN), vector(HIDDEN), 1e-5)),
@@ -209,6 +242,7 @@ OPERATORS = {
     "linear": linear,
     "mlp": mlp,
     "lm_head": lm_head,
+    "sampling": sampling,
 }
 
 
