@@ -78,7 +78,7 @@ def attend(
 def attend_one(
     q: Array, keys: Float, values: Float, mask: Array, scale: float, sinks: Array | None, softcap: float | None
 ) -> Array:
-    """Of one sequence: q (count, heads, head_dim), keys and values (length, kv_heads, head_dim), mask (count, length)."""
+    """Of one sequence: q (count, heads, head_dim); keys, values (length, kv_heads, head_dim); mask (count, length)."""
     seen = mask.any(axis=0)
     keys, values = keys[seen], values[seen]
     grouped = f32(q).reshape(len(q), keys.shape[1], -1, q.shape[2])
@@ -94,7 +94,7 @@ def attend_one(
     sums = numerators.sum(axis=-1) + np.exp(sink - largest[..., 0])
     if q.dtype == bfloat16:
         numerators = f32(numerators.astype(bfloat16))
-    weighted = np.einsum("hgqk,khd->qhgd", numerators, values) / sums.transpose(2, 0, 1)[..., None]
+    weighted: Array = np.einsum("hgqk,khd->qhgd", numerators, values) / sums.transpose(2, 0, 1)[..., None]
     return weighted.reshape(q.shape)
 
 

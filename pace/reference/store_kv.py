@@ -82,7 +82,9 @@ def check_blocks(k_blocks: Array, v_blocks: Array) -> int:
         raise ValueError(f"k_blocks has shape {k_blocks.shape}, v_blocks {v_blocks.shape}; see kv_shapes")
     for blocks, name in ((k_blocks, "k_blocks"), (v_blocks, "v_blocks")):
         inner = np.cumprod([blocks.itemsize, *blocks.shape[:3:-1]])[::-1]
-        if any(n > 1 and step != dense for n, step, dense in zip(blocks.shape[3:], blocks.strides[3:], inner)):
+        if any(
+            n > 1 and step != dense for n, step, dense in zip(blocks.shape[3:], blocks.strides[3:], inner, strict=True)
+        ):
             raise ValueError(f"{name} has strides {blocks.strides}; each group of {GROUP} tokens must be contiguous")
     return int(num_blocks * groups * GROUP)
 

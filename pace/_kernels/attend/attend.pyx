@@ -194,12 +194,13 @@ cdef void list_items(const attend_args *args, const Run *runs, Py_ssize_t num_ru
 cdef int attend_runs(attend_args *args, Run *runs, Py_ssize_t num_runs, Py_ssize_t queries) except -1:
     cdef Py_ssize_t i, pieces, num_items = 0, num_shared = 0, num_floats = 0, heads = args.blocks.kv_heads
     cdef size_t head_dim = args.blocks.head_dim, group = args.group
-    cdef int64_t fair_cost = 1
+    cdef int64_t fair_cost = 0
     qsort(runs, num_runs, sizeof(Run), more_costly)
     for i in range(num_runs):
         fair_cost += runs[i].cost * heads
     if num_threads() > 1:
         fair_cost //= num_threads() * ITEMS_PER_THREAD
+    fair_cost += 1
     for i in range(num_runs):
         pieces = pieces_of(&runs[i], fair_cost)
         num_items += heads * pieces

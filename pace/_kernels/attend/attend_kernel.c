@@ -21,6 +21,10 @@ struct work {
     word *staged;                 // one step's V, where it can't be read in place
 };
 
+// Keys and values are asked for so many tokens before they are read, a line at a time among the products: the CPU's own
+// prefetching loses the thread where groups of keys and of values alternate, and drops what is asked for in one burst.
+enum { FETCH_AHEAD = 4 * STEP };
+
 // Rows that go through a split together, and the keys that they see.
 struct rows {
     size_t first, count, begin, end;
@@ -41,6 +45,14 @@ INLINE const word *key_group(const struct work *w, size_t token) {
 INLINE const word *value_group(const struct work *w, size_t token) {
     const struct kv_blocks *b = &w->a->blocks;
     return group_of(b->v, b->v_strides, (size_t)w->table[token / b->block_tokens], w->head, token % b->block_tokens);
+}
+
+// Bytes from the group that holds `token` to the one that will be read FETCH_AHEAD tokens later; 0 where an earlier tile
+// of the item has had it read.
+typedef const word *group_at(const struct work *w, size_t token);
+INLINE ptrdiff_t ahead_of(const struct work *w, const struct rows *r, group_at *group, size_t token) {
+    if (r->first > 0 || token + FETCH_AHEAD >= w->end) return 0;
+    return (const char *)group(w, token + FETCH_AHEAD) - (const char *)group(w, token);
 }
 
 // Whether the groups of a step lie end to end, so that it is one run of words.
@@ -90,19 +102,21 @@ INLINE void scores_of_step(const struct work *w, enum kind kind, const struct ro
     if (r->count == 1 && end_group - group == ONE_ROW_PANELS && is_one_run(w, w->a->blocks.k_strides, step)) {
         t.b = key_group(w, step);
         t.b_panel = GROUP * t.num_words;
-        sum_tile_of(kind, true, 1, ONE_ROW_PANELS, &t, scores, STEP);
+        t.ahead = ahead_of(w, r, key_group, step);
+        sum_tile_of(kind, true, true, 1, ONE_ROW_PANELS, &t, scores, STEP);
         return;
     }
     for (; group < end_group; group += 2) {
         t.b = key_group(w, step + group * GROUP);
+        t.ahead = ahead_of(w, r, key_group, step + group * GROUP);
         const bool two = group + 1 < end_group;
         if (two) t.b_panel = (size_t)(key_group(w, step + (group + 1) * GROUP) - t.b);
         for (int panel = 0; panel < (two ? 2 : 1); panel += TILE_PANELS, t.b += t.b_panel) {
             float *to = scores + (group + (size_t)panel) * GROUP;
             if (TILE_PANELS == 2 && two)
-                sum_tile(kind, true, r->count, TILE_PANELS, &t, to, STEP);
+                sum_tile(kind, true, true, r->count, TILE_PANELS, &t, to, STEP);
             else
-                sum_tile(kind, true, r->count, 1, &t, to, STEP);
+                sum_tile(kind, true, true, r->count, 1, &t, to, STEP);
         }
     }
 }
@@ -183,7 +197,7 @@ INLINE void stage_values(const struct work *w, enum kind kind, size_t step, size
 // values (rows, head_dim) += numerators · V over `tokens` tokens that lie at v, one word of tokens b_step
 // words apart
 INLINE void accumulate_values(const struct work *w, enum kind kind, size_t rows, float *values, const word *numerators,
-                              const word *v, size_t b_step, size_t tokens) {
+                              const word *v, size_t b_step, size_t tokens, ptrdiff_t ahead) {
     struct tile t = {
         .a = numerators,
         .a_step = 1,
@@ -192,16 +206,17 @@ INLINE void accumulate_values(const struct work *w, enum kind kind, size_t rows,
         .b_step = b_step,
         .b_panel = 16,
         .num_words = words_of(kind, tokens),
+        .ahead = ahead,
     };
     size_t i = 0;
     if (rows == 1)
         for (; i + 16 * ONE_ROW_PANELS <= w->padded_dim; i += 16 * ONE_ROW_PANELS, t.b += 16 * ONE_ROW_PANELS)
-            sum_tile_of(kind, false, 1, ONE_ROW_PANELS, &t, values + i, w->padded_dim);
+            sum_tile_of(kind, false, true, 1, ONE_ROW_PANELS, &t, values + i, w->padded_dim);
     for (; i < w->padded_dim; i += 16 * TILE_PANELS, t.b += 16 * TILE_PANELS) {
         if (TILE_PANELS == 2 && i + 16 < w->padded_dim)
-            sum_tile(kind, false, rows, TILE_PANELS, &t, values + i, w->padded_dim);
+            sum_tile(kind, false, true, rows, TILE_PANELS, &t, values + i, w->padded_dim);
         else
-            sum_tile(kind, false, rows, 1, &t, values + i, w->padded_dim);
+            sum_tile(kind, false, true, rows, 1, &t, values + i, w->padded_dim);
     }
 }
 
@@ -219,25 +234,15 @@ INLINE void attend_step(const struct work *w, enum kind kind, const struct rows 
     if (w->head_dim != w->padded_dim || (kind == BF16 && tokens % 2)) {
         stage_values(w, kind, step, first, tokens);
         const word *v = w->staged + words_of(kind, first) * w->padded_dim;
-        accumulate_values(w, kind, r->count, s->values, from, v, w->padded_dim, tokens - first);
+        accumulate_values(w, kind, r->count, s->values, from, v, w->padded_dim, tokens - first, 0);
     } else if (is_one_run(w, w->a->blocks.v_strides, step)) {
         const word *v = value_group(w, step + first);
-        accumulate_values(w, kind, r->count, s->values, from, v, w->head_dim, tokens - first);
+        accumulate_values(w, kind, r->count, s->values, from, v, w->head_dim, tokens - first,
+                          ahead_of(w, r, value_group, step + first));
     } else {
         for (size_t token = first; token < tokens; token += GROUP, from += a_words_of(kind, GROUP))
             accumulate_values(w, kind, r->count, s->values, from, value_group(w, step + token), w->head_dim,
-                              smaller(tokens - token, GROUP));
-    }
-}
-
-// Asks for the keys and values of a step while the one before is computed. The CPU's own prefetching loses the thread
-// where groups of keys and of values alternate: a decode over a long context waited for memory half of its time.
-INLINE void fetch_ahead(const struct work *w, enum kind kind, size_t step, size_t end) {
-    const size_t bytes = GROUP * w->head_dim * bytes_of(kind);
-    for (size_t token = step; token < smaller(step + STEP, end); token += GROUP) {
-        const char *k = (const char *)key_group(w, token), *v = (const char *)value_group(w, token);
-        for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(k + i, _MM_HINT_T1);
-        for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(v + i, _MM_HINT_T1);
+                              smaller(tokens - token, GROUP), ahead_of(w, r, value_group, step + token));
     }
 }
 
@@ -310,7 +315,6 @@ INLINE void attend_split(const struct work *w, enum kind kind, const struct rows
     begin_state(w, s, r->count);
     const size_t end = smaller(r->end, split + SPLIT);
     for (size_t step = larger(split, r->begin / STEP * STEP); step < end; step += STEP) {
-        if (r->first == 0) fetch_ahead(w, kind, step + STEP, w->end); // the other tiles find them in the cache
         attend_step(w, kind, r, s, step);
     }
 }

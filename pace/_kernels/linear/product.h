@@ -55,11 +55,11 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
         .num_words = words,
     };
     if (TILE_PANELS == 2 && panels == 2) {
-        sum_tile(kind, true, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
+        sum_tile(kind, true, false, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
         return;
     }
     for (size_t p = 0; p < panels; p++, t.b += t.b_panel)
-        sum_tile(kind, true, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
+        sum_tile(kind, true, false, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
 }
 
 // sums (64) of the only row and up to four panels. A row at decode is bound by memory.
@@ -74,10 +74,10 @@ INLINE void sum_one_row(enum kind kind, const struct linear_args *a, size_t pair
         .num_words = words,
     };
     if (panels == ONE_ROW_PANELS) {
-        sum_tile_of(kind, true, 1, ONE_ROW_PANELS, &t, sums, 0);
+        sum_tile_of(kind, true, false, 1, ONE_ROW_PANELS, &t, sums, 0);
         return;
     }
-    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) sum_tile_of(kind, true, 1, 1, &t, sums + 16 * p, 0);
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) sum_tile_of(kind, true, false, 1, 1, &t, sums + 16 * p, 0);
 }
 
 typedef void finish_row(const struct linear_args *a, size_t row, size_t pair, const float *sums);

@@ -49,6 +49,7 @@ struct tile {
     const word *b;
     size_t b_step, b_panel; // words from one k to the next, from one panel to the next
     size_t num_words;       // words of b along k
+    ptrdiff_t ahead;        // with FETCH: bytes from b to what will be read soon
 };
 
 // acc[r][p] += a[r] · column[p], of float32
@@ -63,9 +64,13 @@ INLINE void multiply_rows(const int ROWS, const int PANELS, const word *a, size_
 }
 
 // acc is (ROWS, PANELS); both are constants where this is called.
-INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, const struct tile *t, __m512 *acc) {
+INLINE void multiply_tile(enum kind kind, const bool FETCH, const int ROWS, const int PANELS, const struct tile *t,
+                          __m512 *acc) {
     const word *a = t->a, *b = t->b;
     for (size_t k = 0; k < t->num_words; k++, b += t->b_step) {
+        if (FETCH)
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; p++) _mm_prefetch((const char *)(b + p * t->b_panel) + t->ahead, _MM_HINT_T1);
 #if RUNG_AVX2
         if (kind == BF16) { // even elements of the pairs, then odd; they are loaded for each, not kept
 #pragma GCC unroll 2
@@ -107,15 +112,15 @@ INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, cons
 }
 
 // sums (rows, 16 · panels) float32, `stride` elements apart, += the tile; or, with FRESH, = the tile.
-INLINE void sum_tile_of(enum kind kind, const bool FRESH, const int ROWS, const int PANELS, const struct tile *t,
-                        float *sums, size_t stride) {
+INLINE void sum_tile_of(enum kind kind, const bool FRESH, const bool FETCH, const int ROWS, const int PANELS,
+                        const struct tile *t, float *sums, size_t stride) {
     __m512 acc[TILE_ROWS * ONE_ROW_PANELS];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
             acc[r * PANELS + p] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * stride + 16 * p);
-    multiply_tile(kind, ROWS, PANELS, t, acc);
+    multiply_tile(kind, FETCH, ROWS, PANELS, t, acc);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -125,10 +130,10 @@ INLINE void sum_tile_of(enum kind kind, const bool FRESH, const int ROWS, const 
 // The same for any number of rows up to TILE_ROWS.
 #define ROWS_CASE(n)                                                                                                   \
     case n:                                                                                                            \
-        sum_tile_of(kind, FRESH, n, PANELS, t, sums, stride);                                                          \
+        sum_tile_of(kind, FRESH, FETCH, n, PANELS, t, sums, stride);                                                   \
         break;
-INLINE void sum_tile(enum kind kind, const bool FRESH, size_t rows, const int PANELS, const struct tile *t, float *sums,
-                     size_t stride) {
+INLINE void sum_tile(enum kind kind, const bool FRESH, const bool FETCH, size_t rows, const int PANELS,
+                     const struct tile *t, float *sums, size_t stride) {
     switch (rows) {
         ROWS_CASE(1)
         ROWS_CASE(2)
