@@ -1,0 +1,255 @@
+"""What the caches share: one memory cut into blocks, and the tables that say which blocks a sequence holds.
+
+A block holds `block_tokens` tokens of one sequence, keys and values, in all layers. A sequence of n tokens holds
+⌈n / block_tokens⌉ blocks, those of its row of the tables, and its number is that row. No loop here is over tokens,
+requests or blocks.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pace.ops import Attention, OperatorConfig
+from pace.reference.arrays import Array, Float
+from pace.reference.store_kv import GROUP, kv_shapes
+
+from .base import CacheFull, CacheShape, CacheStats, Ints, KVCache, Placement
+from .memory import Memory
+
+Longs = NDArray[np.int64]
+Count = TypeVar("Count", int, Longs)
+
+ENDED = -1  # the length of what is no sequence
+
+
+class BlockCache(KVCache):
+    """`capacity_tokens` is what sequences may hold, `room_for` what one of them holds."""
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        operators: OperatorConfig,
+        block_tokens: int,
+        num_blocks: int,
+        capacity_tokens: int,
+        huge_pages: bool,
+    ) -> None:
+        self.shape, self.block_tokens, self.num_blocks = shape, block_tokens, num_blocks
+        self.capacity_tokens = capacity_tokens
+        self.block_bytes = block_tokens * shape.bytes_per_token
+        self._memory = Memory(num_blocks * self.block_bytes, huge_pages)
+        # The order of the axes is the order in memory, and it is decided here alone.
+        self._blocks = self._memory.bytes.view(shape.dtype).reshape(
+            num_blocks, shape.num_layers, 2, shape.kv_heads, block_tokens // GROUP, GROUP * shape.head_dim
+        )
+        k_shape, v_shape = kv_shapes(num_blocks, shape.kv_heads, block_tokens, shape.head_dim, shape.dtype)
+        self._layers = [
+            (self._blocks[:, layer, 0].reshape(k_shape), self._blocks[:, layer, 1].reshape(v_shape))
+            for layer in range(shape.num_layers)
+        ]
+        self._attention = Attention(operators, shape.dtype)
+        self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack, its top at _num_free
+        self._num_free = num_blocks
+        self._lengths = np.zeros(0, np.int64)  # of each sequence
+        self._tables = np.zeros((0, 1), np.int32)  # of each sequence; what stands past its blocks is old
+        self._ended: list[int] = []  # rows that are no sequence's, the next one last
+
+    # --- what the caches differ in ---
+
+    @abstractmethod
+    def room_for(self, lengths: Count) -> Count:
+        """Tokens of capacity that sequences of these lengths hold."""
+
+    def _free_tokens(self) -> int:
+        return self._num_free * self.block_tokens
+
+    def _take(self, count: int) -> Ints:
+        """That many blocks, which there are."""
+        self._num_free -= count
+        return self._free[self._num_free : self._num_free + count][::-1].copy()
+
+    def _give(self, blocks: Ints) -> None:
+        """Blocks of one sequence back, in its order."""
+        self._free[self._num_free : self._num_free + len(blocks)] = blocks[::-1]
+        self._num_free += len(blocks)
+
+    def _make_room(self, rows: Longs, lengths: Longs, grown: Longs) -> None:
+        """CacheFull unless the sequences can grow from `lengths` to `grown`."""
+        self._require(int(self.room_for(grown).sum() - self.room_for(lengths).sum()))
+
+    # --- the protocol ---
+
+    def allocate(self, tokens: Sequence[int] | Ints | None = None) -> int:
+        if not self._ended:
+            self._more_rows()
+        sequence = self._ended.pop()
+        self._lengths[sequence] = 0
+        return sequence
+
+    def append(self, sequences: Sequence[int], counts: Sequence[int], tokens: Ints | None = None) -> Placement:
+        rows, added = self._rows_of(sequences), np.array(counts, np.int64)
+        if len(added) != len(rows) or added.min(initial=0) < 0:
+            raise ValueError(f"counts is {counts}; it must be {len(rows)} numbers of tokens, none below 0")
+        lengths = self._lengths[rows]
+        grown = lengths + added
+        self._check_longest(rows, grown)
+        self._make_room(rows, lengths, grown)
+        self._fill_tables(rows, self._blocks_of(lengths), self._blocks_of(grown))
+        self._lengths[rows] = grown
+        return self._place(rows, added, grown)
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        placement: Placement,
+        scale: float,
+        window: int | None = None,
+        sinks: Float | None = None,
+        softcap: float | None = None,
+    ) -> Array:
+        keys, values = self._layers[layer]
+        self._attention.store(k, v, keys, values, placement.slots)
+        attended: Array = self._attention.attend(
+            q,
+            keys,
+            values,
+            placement.block_tables,
+            placement.starts,
+            placement.lengths,
+            scale,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+            spans=placement.spans,
+        )
+        return attended
+
+    def truncate(self, sequence: int, length: int) -> None:
+        before = self.length(sequence)
+        if not 0 <= length <= before:
+            raise ValueError(f"length is {length}; sequence {sequence} has {before} tokens")
+        self._give(self._tables[sequence, self._blocks_of(length) : self._blocks_of(before)])
+        self._lengths[sequence] = length
+
+    def fork(self, sequence: int) -> int:
+        length, blocks = self.length(sequence), self._blocks_held(sequence)
+        self._require(self.room_for(length))
+        copies = self._take(len(blocks))
+        for i, (block, copy) in enumerate(zip(blocks, copies, strict=True)):
+            self._copy(block, copy, min(length - i * self.block_tokens, self.block_tokens))
+        return self._begin(copies, length)
+
+    def free(self, sequence: int) -> None:
+        self.truncate(sequence, 0)
+        self._lengths[sequence] = ENDED
+        self._ended.append(sequence)
+
+    def length(self, sequence: int) -> int:
+        if not 0 <= sequence < len(self._lengths) or self._lengths[sequence] == ENDED:
+            raise ValueError(f"sequence {sequence} is not in the cache")
+        return int(self._lengths[sequence])
+
+    def tokens_needed(self, num_tokens: int) -> int:
+        return self.room_for(num_tokens)
+
+    def stats(self) -> CacheStats:
+        per_token = self.shape.bytes_per_token
+        return CacheStats(
+            used_tokens=int(self._lengths[self._lengths > 0].sum()),
+            capacity_tokens=self.capacity_tokens,
+            used_bytes=(self.capacity_tokens - self._free_tokens()) * per_token,
+            capacity_bytes=self.capacity_tokens * per_token,
+        )
+
+    # --- the work ---
+
+    def _blocks_of(self, lengths: Count) -> Count:
+        return -(-lengths // self.block_tokens)
+
+    def _blocks_held(self, sequence: int) -> Ints:
+        blocks: Ints = self._tables[sequence, : self._blocks_of(self.length(sequence))]
+        return blocks
+
+    def _require(self, num_tokens: int) -> None:
+        if num_tokens > self._free_tokens():
+            raise CacheFull(
+                f"room for {num_tokens} more tokens is needed; {self._free_tokens()} of {self.capacity_tokens} are free"
+            )
+
+    def _rows_of(self, sequences: Sequence[int]) -> Longs:
+        rows = np.array(sequences, np.int64)
+        known = (rows >= 0) & (rows < len(self._lengths))
+        if not known.all() or (self._lengths[rows] == ENDED).any():
+            for sequence in sequences:
+                self.length(sequence)
+        if len(set(sequences)) < len(rows):
+            raise ValueError(f"sequences are {list(sequences)}; each can be appended to once")
+        return rows
+
+    def _check_longest(self, rows: Longs, lengths: Longs) -> None:
+        if lengths.max(initial=0) > self.shape.max_tokens:
+            row = lengths.argmax()
+            raise ValueError(
+                f"sequence {rows[row]} would have {lengths[row]} tokens; the longest may have {self.shape.max_tokens}"
+            )
+
+    def _more_rows(self) -> None:
+        rows = len(self._lengths)
+        more = max(rows, 16)
+        self._lengths = np.append(self._lengths, np.full(more, ENDED, np.int64))
+        self._tables = np.pad(self._tables, ((0, more), (0, 0)))
+        self._ended += range(rows, rows + more)[::-1]
+
+    def _widen_tables(self, columns: int) -> None:
+        width = self._tables.shape[1]
+        if columns > width:
+            self._tables = np.pad(self._tables, ((0, 0), (0, max(columns, 2 * width) - width)))
+
+    def _fill_tables(self, rows: Longs, held: Longs, wanted: Longs) -> None:
+        """Blocks for each row, so that it has as many as are wanted."""
+        more = wanted - held
+        total = int(more.sum())
+        if total == 0:
+            return
+        self._widen_tables(int(wanted.max()))
+        ends = more.cumsum()
+        # Of the row's cells, the place of its first new block less the place of that block among all new ones.
+        shift = rows * self._tables.shape[1] + held - (ends - more)
+        self._tables.reshape(-1)[np.arange(total) + shift.repeat(more)] = self._take(total)
+
+    def _place(self, rows: Longs, added: Longs, lengths: Longs) -> Placement:
+        starts = np.zeros(len(rows) + 1, np.int32)
+        added.cumsum(out=starts[1:])
+        tables = self._tables[rows, : self._blocks_of(int(lengths.max(initial=0)))]
+        owner = np.arange(len(rows)).repeat(added)
+        positions = np.arange(starts[-1]) + (lengths - starts[1:])[owner]
+        block, offset = np.divmod(positions, self.block_tokens)
+        slots = tables[owner, block].astype(np.int64) * self.block_tokens + offset
+        return Placement(positions.astype(np.int32), starts, lengths.astype(np.int32), tables, slots)
+
+    def _begin(self, blocks: Ints, length: int) -> int:
+        """A new sequence of these blocks."""
+        sequence = BlockCache.allocate(self)
+        self._widen_tables(len(blocks))
+        self._tables[sequence, : len(blocks)] = blocks
+        self._lengths[sequence] = length
+        return sequence
+
+    def _copy(self, block: int, copy: int, num_tokens: int) -> None:
+        """The first tokens of a block into another, in whole groups."""
+        groups = -(-num_tokens // GROUP)
+        self._blocks[copy, ..., :groups, :] = self._blocks[block, ..., :groups, :]
+
+
+def blocks_within(shape: CacheShape, capacity_bytes: int, block_tokens: int) -> int:
+    """How many blocks that is. ValueError where it is none."""
+    block_bytes = block_tokens * shape.bytes_per_token
+    if capacity_bytes < block_bytes:
+        raise ValueError(f"kv_cache_bytes is {capacity_bytes}; one block of this model takes {block_bytes}")
+    return capacity_bytes // block_bytes
