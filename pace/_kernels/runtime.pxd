@@ -11,6 +11,9 @@ cdef enum Kind:
 
 cdef int run(const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes) except -1
 
+# That a call of `run` is divided over, at most.
+cdef int num_threads() noexcept nogil
+
 cdef bint is_native(cnp.ndarray array, int typenum) noexcept
 cdef int check_type(cnp.ndarray array, str name, int typenum) except -1
 cdef int kind_of(cnp.ndarray array, str name) except -1

@@ -108,6 +108,10 @@ cdef int run(const pace_worker *workers, const void *args, size_t items, size_t 
     return 0
 
 
+cdef int num_threads() noexcept nogil:
+    return pace_num_threads()
+
+
 cdef bint is_native(cnp.ndarray array, int typenum) noexcept:
     """Whether C reads the elements as they are: of NumPy type `typenum` (or its twin, as long long is long's), in this
     machine's byte order, aligned.

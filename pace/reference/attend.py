@@ -1,9 +1,12 @@
-"""Causal attention of new tokens over the cache: grouped queries, paged keys and values, a ragged batch."""
+"""Attention of new tokens over the cache: grouped queries, paged keys and values, a ragged batch."""
 
 import numpy as np
 
-from .arrays import Array, Float, bfloat16, check_float, check_type, check_vector, check_writeable, f32
+from .arrays import Array, Float, bfloat16, check_float, check_type, check_vector, check_writeable, f32, float32
+from .masks import MaskCache
 from .store_kv import GROUP, check_blocks, check_kv_heads
+
+MASKS = MaskCache(max_bytes=64 << 20)
 
 
 def attend(
@@ -14,30 +17,44 @@ def attend(
     query_starts: Array,
     kv_lengths: Array,
     scale: float,
+    window: int | None = None,
+    sinks: Array | None = None,
+    softcap: float | None = None,
+    spans: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """y = softmax(scale · q · Kᵀ) · V, each query over the keys up to its own.
+    """y = softmax(scale · q · Kᵀ) · V, each query over the keys that it sees.
 
     q: (tokens, heads, head_dim), any token stride, heads contiguous: the new tokens of all sequences end to end;
     those of sequence s are query_starts[s] … query_starts[s+1]. Its keys and values, kv_lengths[s] of them, the new
     tokens' included and last, stand in blocks block_tables[s]. Head h reads the keys of head h // (heads / kv_heads).
 
-    k_blocks, v_blocks: as store_kv writes them, of q's dtype. block_tables: (sequences, blocks) int32 C-contiguous.
-    query_starts: (sequences + 1,) int32, from 0 to tokens. kv_lengths: (sequences,) int32. Returns (tokens, heads,
-    head_dim) of q's dtype, C-contiguous, in `out` where it is given.
+    A query sees the keys up to its own. window: of those, only the last `window`, its own included (Beltagy et al.,
+    2020). spans: (tokens, 2) int32, the positions [begin, end) in the token's sequence that it sees besides, before
+    and behind it, as those of one image do (begin == end for none). softcap: scores s become
+    softcap · tanh(s / softcap) (Gemma 2, 2024). sinks: (heads,) float32, the score of a key more, that has no value
+    (Xiao et al., 2023, as in GPT-OSS): it takes its part of the softmax.
+
+    k_blocks, v_blocks: as store_kv writes them, of q's dtype; what lies outside of all that is seen is not read.
+    block_tables: (sequences, blocks) int32 C-contiguous. query_starts: (sequences + 1,) int32, from 0 to tokens.
+    kv_lengths: (sequences,) int32. Returns (tokens, heads, head_dim) of q's dtype, C-contiguous, in `out` where it is
+    given.
 
     Scores, softmax and sums in float32; with bfloat16, the softmax's numerators are rounded to bfloat16 before they
     multiply V (their sum is of the unrounded ones). One rounding, to q's dtype, at the end. The native form runs the
-    softmax online (Milakov and Gimelshein, 2018), 64 keys at a time from the start of the sequence, and merges partial
-    results of SPLIT keys in order (Dao et al., 2023): the same steps for one query or many, whatever the blocks.
+    softmax online (Milakov and Gimelshein, 2018), 64 keys at a time from the start of the sequence, merges partial
+    results of 512 keys in order (Dao et al., 2023), and takes the sink last: the same steps for one query or many,
+    whatever the blocks.
 
-    ValueError for shapes or lengths that do not fit each other, a block that does not exist, or a
-    read-only `out`; TypeError for dtypes.
+    ValueError for shapes or lengths that do not fit each other, a block that does not exist, a window below 1, a
+    softcap that is not above 0, a span that lies outside its sequence or does not hold its token, or a read-only
+    `out`; TypeError for dtypes.
     """
     num_slots = check_blocks(k_blocks, v_blocks)
     check_kv_heads(q, "q", k_blocks)
     block_tokens = k_blocks.shape[2] * GROUP
     check_batch(len(q), block_tables, query_starts, kv_lengths, block_tokens, num_slots // block_tokens)
+    check_what_is_seen(q, query_starts, kv_lengths, window, sinks, softcap, spans)
     if out is None:
         out = np.empty(q.shape, q.dtype)
     check_float(out, "out")
@@ -46,24 +63,39 @@ def attend(
             f"out has shape {out.shape} and dtype {out.dtype}; it must be {q.shape}, {q.dtype}, contiguous"
         )
     check_writeable(out, "out")
-    kv_heads = k_blocks.shape[1]
     for s, length in enumerate(kv_lengths):
         queries = slice(query_starts[s], query_starts[s + 1])
         count = queries.stop - queries.start
         if count == 0:
             continue
         keys, values = gather(k_blocks, v_blocks, block_tables[s], length)
-        grouped = f32(q[queries]).reshape(count, kv_heads, -1, q.shape[2])
-        scores = np.einsum("qhgd,khd->hgqk", grouped, keys) * np.float32(scale)
-        own = np.arange(length - count, length)
-        scores = np.where(np.arange(length) <= own[:, None], scores, -np.inf)
-        numerators = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        sums = numerators.sum(axis=-1)
-        if q.dtype == bfloat16:
-            numerators = f32(numerators.astype(bfloat16))
-        weighted = np.einsum("hgqk,khd->qhgd", numerators, values) / sums.transpose(2, 0, 1)[..., None]
-        out[queries] = weighted.reshape(count, *q.shape[1:])
+        span = None if spans is None else spans[queries]
+        with MASKS.mask(int(length) - count, count, int(length), window, span) as mask:
+            out[queries] = attend_one(q[queries], keys, values, mask, scale, sinks, softcap)
     return out
+
+
+def attend_one(
+    q: Array, keys: Float, values: Float, mask: Array, scale: float, sinks: Array | None, softcap: float | None
+) -> Array:
+    """Of one sequence: q (count, heads, head_dim), keys and values (length, kv_heads, head_dim), mask (count, length)."""
+    seen = mask.any(axis=0)
+    keys, values = keys[seen], values[seen]
+    grouped = f32(q).reshape(len(q), keys.shape[1], -1, q.shape[2])
+    scores = np.einsum("qhgd,khd->hgqk", grouped, keys) * np.float32(scale)
+    if softcap is not None:
+        scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+    scores = np.where(mask[:, seen], scores, -np.inf)
+    largest = scores.max(axis=-1, keepdims=True)
+    sink = np.full(q.shape[1], -np.inf, float32) if sinks is None else sinks
+    sink = sink.reshape(*scores.shape[:2], 1)
+    largest = np.maximum(largest, sink[..., None])
+    numerators = np.exp(scores - largest)
+    sums = numerators.sum(axis=-1) + np.exp(sink - largest[..., 0])
+    if q.dtype == bfloat16:
+        numerators = f32(numerators.astype(bfloat16))
+    weighted = np.einsum("hgqk,khd->qhgd", numerators, values) / sums.transpose(2, 0, 1)[..., None]
+    return weighted.reshape(q.shape)
 
 
 def check_batch(
@@ -89,8 +121,39 @@ def check_batch(
                 raise ValueError(f"sequence {s} names block {block}; there are {num_blocks}")
 
 
+def check_what_is_seen(
+    q: Array,
+    query_starts: Array,
+    kv_lengths: Array,
+    window: int | None,
+    sinks: Array | None,
+    softcap: float | None,
+    spans: Array | None,
+) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None")
+    if softcap is not None and not 0 < softcap < np.inf:
+        raise ValueError(f"softcap is {softcap}; it must be above 0, or None")
+    if sinks is not None:
+        check_vector(sinks, "sinks", q.shape[1], float32)
+    if spans is None:
+        return
+    check_type(spans, "spans", np.int32)
+    if spans.shape != (len(q), 2) or not spans.flags.c_contiguous:
+        raise ValueError(f"spans has shape {spans.shape}; it must be ({len(q)}, 2), contiguous")
+    for s, length in enumerate(kv_lengths):
+        for token in range(query_starts[s], query_starts[s + 1]):
+            begin, end = spans[token]
+            own = length - query_starts[s + 1] + token
+            if begin != end and not 0 <= begin <= own < end <= length:
+                raise ValueError(
+                    f"token {token}, at position {own} of {length}, has the span {begin} … {end}; "
+                    "it must hold the token and lie within its sequence's keys"
+                )
+
+
 def gather(k_blocks: Array, v_blocks: Array, table: Array, length: int) -> tuple[Float, Float]:
-    """Keys and values of one sequence, each (length, kv_heads, head_dim)."""
+    """Keys and values of one sequence, each (length, kv_heads, head_dim); of what nobody sees, whatever is there."""
     k = f32(k_blocks[table[: -(-length // (k_blocks.shape[2] * GROUP))]])
     v = f32(v_blocks[table[: -(-length // (v_blocks.shape[2] * GROUP))]])
     kv_heads = k.shape[1]

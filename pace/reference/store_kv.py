@@ -1,6 +1,6 @@
 """Keys and values into the cache, in the layout that attention reads.
 
-A block holds `block_tokens` tokens of one head, in groups of 16 tokens:
+A block holds `block_tokens` tokens of every head, in groups of 16 tokens of a head:
 
     K, bfloat16   [group][head_dim/2][16][2]    as a packed weight: scores of 16 keys at once, no sums across lanes
     K, float32    [group][head_dim][16]
@@ -38,7 +38,7 @@ def store_kv(k: Array, v: Array, k_blocks: Array, v_blocks: Array, slots: Array)
     """Write each token's keys and values to its slot.
 
     k, v: (tokens, kv_heads, head_dim), any token stride, heads contiguous. k_blocks, v_blocks: as kv_shapes gives, of
-    k's dtype, C-contiguous. slots: (tokens,) int64, all different.
+    k's dtype; blocks, heads and groups at any stride, each group contiguous. slots: (tokens,) int64, all different.
 
     ValueError for a slot outside the blocks (before anything is written), another shape, or blocks that are read-only;
     TypeError for another dtype.
@@ -80,8 +80,10 @@ def check_blocks(k_blocks: Array, v_blocks: Array) -> int:
     shapes = k_blocks.shape, v_blocks.shape
     if not some or shapes != kv_shapes(num_blocks, kv_heads, groups * GROUP, head_dim, k_blocks.dtype):
         raise ValueError(f"k_blocks has shape {k_blocks.shape}, v_blocks {v_blocks.shape}; see kv_shapes")
-    if not (k_blocks.flags.c_contiguous and v_blocks.flags.c_contiguous):
-        raise ValueError("k_blocks and v_blocks must be C-contiguous")
+    for blocks, name in ((k_blocks, "k_blocks"), (v_blocks, "v_blocks")):
+        inner = np.cumprod([blocks.itemsize, *blocks.shape[:3:-1]])[::-1]
+        if any(n > 1 and step != dense for n, step, dense in zip(blocks.shape[3:], blocks.strides[3:], inner)):
+            raise ValueError(f"{name} has strides {blocks.strides}; each group of {GROUP} tokens must be contiguous")
     return int(num_blocks * groups * GROUP)
 
 

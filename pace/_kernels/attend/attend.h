@@ -1,11 +1,20 @@
 #pragma once
 #include "store_kv/store_kv.h"
 
-// One head group of a run of a sequence's new tokens: small enough that its queries and sums stay in the L2
-// cache.
+// Positions at which the arithmetic is cut, counted from the start of the sequence, so that an output's bits do not
+// depend on who else is computed with it: the online softmax advances by STEP keys, and partial results of SPLIT keys
+// are merged in order.
+enum { STEP = 64, SPLIT = 512 };
+
+// One kv head's part of a run of a sequence's new tokens, and of their keys those of the splits [begin, end). Where
+// other items have the rest of the keys, each leaves what its splits come to, and the one that ends last merges all.
 struct attend_item {
     int32_t sequence, head;
     int32_t first_query, num_queries; // among all tokens
+    int32_t begin_split, end_split;
+    int32_t first_split, num_splits; // of all these items; num_splits is 0 where there is one
+    int32_t *unfinished;             // of them
+    float *partials;                 // (num_splits, attend_state_floats)
 };
 
 struct attend_args {
@@ -16,17 +25,26 @@ struct attend_args {
     const int32_t *block_tables, *query_starts, *kv_lengths;
     size_t table_stride; // blocks from one sequence's table to the next
     float scale;
-    void *out; // (tokens, heads, head_dim)
+    size_t window;        // at most so many keys, the query's own included; SIZE_MAX for all
+    float softcap;        // 0 for none
+    const float *sinks;   // (heads), or NULL
+    const int32_t *spans; // (tokens, 2), or NULL
+    void *out;            // (tokens, heads, head_dim)
     const struct attend_item *items;
 };
 
-// Rows (queries times group) of one item, at most; except that an item has at least one query.
-enum { ROWS_PER_ITEM = 48 };
+static inline size_t attend_padded(size_t n) { return (n + 15) / 16 * 16; }
 
-// Scratch for items of `rows` rows: four floats of state a row; its query, two sums; and a step's values.
+// A maximum, a sum and a weighted sum of values, for each of so many rows (queries times group).
+static inline size_t attend_state_floats(size_t rows, size_t head_dim) {
+    return attend_padded(rows) * (2 + attend_padded(head_dim));
+}
+
+// Scratch for items of `rows` rows: the keys that each sees, its query, its state; the state of a tile; a step's values.
 static inline size_t attend_scratch_bytes(size_t rows, size_t head_dim) {
-    const size_t padded_rows = (rows + 15) / 16 * 16, padded_dim = (head_dim + 15) / 16 * 16;
-    return sizeof(float) * (padded_rows * (4 + 3 * padded_dim) + 64 * padded_dim);
+    const size_t padded_dim = attend_padded(head_dim);
+    const size_t floats = attend_padded(rows) * (2 + padded_dim) + attend_state_floats(rows, head_dim);
+    return sizeof(float) * (floats + attend_state_floats(16, head_dim) + STEP * padded_dim);
 }
 
 // Items are attend_items.

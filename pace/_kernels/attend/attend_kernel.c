@@ -2,10 +2,10 @@
 #include "simd/math.h"
 #include "store_kv/layout.h"
 
-// Positions at which the arithmetic is cut, counted from the start of the sequence, so that an output's bits
-// do not depend on who else is computed with it: the online softmax advances by STEP keys, and partial
-// results of SPLIT keys are merged in order.
-enum { STEP = 64, SPLIT = 512 };
+// Sums of a softmax so far, each row's over its own maximum: (rows), (rows), (rows, padded_dim).
+struct state {
+    float *max, *sum, *values;
+};
 
 // What an item is computed with; the rows are its queries' heads, row = query · group + head of the group.
 struct work {
@@ -13,56 +13,97 @@ struct work {
     enum kind kind;
     const int32_t *table;
     size_t head, rows, head_dim, padded_dim, q_words;
-    size_t kv_length, first_position;            // of the sequence; of the item's first query
-    word *q;                                     // (rows, q_words), as words of a
-    float *max, *sum, *values;                   // of the split so far: (rows), (rows), (rows, padded_dim)
-    float *total_max, *total_sum, *total_values; // of the splits before
-    word *staged;                                // one step's V, where it can't be read in place
+    size_t kv_length;
+    size_t begin, end;            // the keys that its rows see, all together
+    int32_t *row_begin, *row_end; // and each
+    word *q;                      // (rows, q_words), as words of a
+    struct state total, tile;     // of the splits so far, all rows; of a split, a tile's rows
+    word *staged;                 // one step's V, where it can't be read in place
+};
+
+// Rows that go through a split together, and the keys that they see.
+struct rows {
+    size_t first, count, begin, end;
 };
 
 INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+INLINE size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 INLINE __m512 minus_infinity(void) { return _mm512_set1_ps(-__builtin_inff()); }
 INLINE void clear(float *x, size_t n, float value) {
     for (size_t i = 0; i < n; i += 16) _mm512_storeu_ps(x + i, _mm512_set1_ps(value));
 }
+INLINE float exp_of(float x) { return _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(x))); }
 
 INLINE const word *key_group(const struct work *w, size_t token) {
     const struct kv_blocks *b = &w->a->blocks;
-    return (const word *)group_of(b, w->kind, b->k, (size_t)w->table[token / b->block_tokens], w->head,
-                                  token % b->block_tokens);
+    return group_of(b->k, b->k_strides, (size_t)w->table[token / b->block_tokens], w->head, token % b->block_tokens);
 }
 INLINE const word *value_group(const struct work *w, size_t token) {
     const struct kv_blocks *b = &w->a->blocks;
-    return (const word *)group_of(b, w->kind, b->v, (size_t)w->table[token / b->block_tokens], w->head,
-                                  token % b->block_tokens);
+    return group_of(b->v, b->v_strides, (size_t)w->table[token / b->block_tokens], w->head, token % b->block_tokens);
 }
 
-// Keys that a row sees of the step: those up to its own position.
-INLINE size_t visible(const struct work *w, size_t row, size_t step) {
-    const size_t end = w->first_position + row / w->a->group + 1;
-    return end <= step ? 0 : smaller(end - step, STEP);
+// Whether the groups of a step lie end to end, so that it is one run of words.
+INLINE bool is_one_run(const struct work *w, const ptrdiff_t *strides, size_t step) {
+    const struct kv_blocks *b = &w->a->blocks;
+    const size_t group_bytes = GROUP * w->head_dim * bytes_of(w->kind);
+    return step % b->block_tokens + STEP <= b->block_tokens && strides[2] == (ptrdiff_t)group_bytes;
 }
 
-// scores (rows, STEP) = q · Kᵀ; keys that no row sees are left out in whole groups.
-INLINE void scores_of_step(const struct work *w, enum kind kind, size_t row, size_t rows, size_t step, float *scores) {
-    const size_t groups = (visible(w, row + rows - 1, step) + GROUP - 1) / GROUP;
-    clear(scores, rows * STEP, 0);
-    for (size_t g = 0; g < groups; g += TILE_PANELS) {
-        const word *k = key_group(w, step + g * GROUP);
-        const bool two = TILE_PANELS == 2 && g + 1 < groups;
-        const struct tile t = {
-            .a = w->q + row * w->q_words,
-            .a_step = 1,
-            .a_row = w->q_words,
-            .b = k,
-            .b_step = GROUP,
-            .b_panel = two ? (size_t)(key_group(w, step + (g + 1) * GROUP) - k) : 0,
-            .num_words = words_of(kind, w->head_dim),
-        };
-        if (two)
-            add_tile(kind, rows, TILE_PANELS, &t, scores + g * GROUP, STEP);
-        else
-            add_tile(kind, rows, 1, &t, scores + g * GROUP, STEP);
+INLINE void find_keys(struct work *w, size_t first_query, size_t first_position) {
+    const struct attend_args *a = w->a;
+    w->begin = SIZE_MAX, w->end = 0;
+    for (size_t row = 0; row < w->rows; row++) {
+        const size_t query = row / a->group;
+        size_t end = first_position + query + 1, begin = end > a->window ? end - a->window : 0;
+        const int32_t *span = a->spans + 2 * (first_query + query);
+        if (a->spans && span[0] < span[1]) {
+            begin = smaller(begin, (size_t)span[0]);
+            end = larger(end, (size_t)span[1]);
+        }
+        w->row_begin[row] = (int32_t)begin;
+        w->row_end[row] = (int32_t)end;
+        w->begin = smaller(w->begin, begin);
+        w->end = larger(w->end, end);
+    }
+}
+
+INLINE struct rows rows_from(const struct work *w, size_t first) {
+    struct rows r = {first, smaller(w->rows - first, TILE_ROWS), SIZE_MAX, 0};
+    for (size_t i = first; i < first + r.count; i++) {
+        r.begin = smaller(r.begin, (size_t)w->row_begin[i]);
+        r.end = larger(r.end, (size_t)w->row_end[i]);
+    }
+    return r;
+}
+
+// scores (rows, STEP) = q · Kᵀ, of the groups of 16 keys [group, end_group) of the step
+INLINE void scores_of_step(const struct work *w, enum kind kind, const struct rows *r, size_t step, size_t group,
+                           size_t end_group, float *scores) {
+    struct tile t = {
+        .a = w->q + r->first * w->q_words,
+        .a_step = 1,
+        .a_row = w->q_words,
+        .b_step = GROUP,
+        .num_words = words_of(kind, w->head_dim),
+    };
+    if (r->count == 1 && end_group - group == ONE_ROW_PANELS && is_one_run(w, w->a->blocks.k_strides, step)) {
+        t.b = key_group(w, step);
+        t.b_panel = GROUP * t.num_words;
+        sum_tile_of(kind, true, 1, ONE_ROW_PANELS, &t, scores, STEP);
+        return;
+    }
+    for (; group < end_group; group += 2) {
+        t.b = key_group(w, step + group * GROUP);
+        const bool two = group + 1 < end_group;
+        if (two) t.b_panel = (size_t)(key_group(w, step + (group + 1) * GROUP) - t.b);
+        for (int panel = 0; panel < (two ? 2 : 1); panel += TILE_PANELS, t.b += t.b_panel) {
+            float *to = scores + (group + (size_t)panel) * GROUP;
+            if (TILE_PANELS == 2 && two)
+                sum_tile(kind, true, r->count, TILE_PANELS, &t, to, STEP);
+            else
+                sum_tile(kind, true, r->count, 1, &t, to, STEP);
+        }
     }
 }
 
@@ -78,69 +119,70 @@ INLINE void put_numerators(enum kind kind, word *to, size_t i, __m512 p) {
 #endif
 }
 
-// One step of the online softmax for a tile of rows: numerators from scores, and what came before rescaled to
-// the new maximum.
-INLINE void soften_step(const struct work *w, enum kind kind, size_t row, size_t rows, size_t step, float *scores,
-                        word *numerators) {
-    const __m512 scale = _mm512_set1_ps(w->a->scale);
-    float new_max[16], rescale[16];
-    clear(new_max, 16, -__builtin_inff());
-    for (size_t r = 0; r < rows; r++) {
-        const size_t seen = visible(w, row + r, step);
-        __m512 max = minus_infinity();
-        for (size_t i = 0; i < STEP; i += 16) {
-            const __mmask16 mask = seen > i ? first16(seen - i) : 0;
-            const __m512 raw = _mm512_loadu_ps(scores + r * STEP + i);
-            const __m512 s = _mm512_mask_blend_ps(mask, minus_infinity(), _mm512_mul_ps(raw, scale));
-            _mm512_storeu_ps(scores + r * STEP + i, s);
-            max = _mm512_max_ps(s, max);
-        }
-        const float step_max = _mm512_reduce_max_ps(max), old = w->max[row + r];
-        new_max[r] = step_max > old ? step_max : old;
-    }
-    // A row that has seen no key keeps a maximum of -inf; its difference would be NaN.
-    float old_max[16];
-    clear(old_max, 16, -__builtin_inff());
-    for (size_t r = 0; r < rows; r++) old_max[r] = w->max[row + r];
-    _mm512_storeu_ps(rescale, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(old_max), _mm512_loadu_ps(new_max))));
-
-    for (size_t r = 0; r < rows; r++) {
-        word *p = numerators + r * STEP;
-        if (new_max[r] == -__builtin_inff()) {
-            for (size_t i = 0; i < STEP; i += 16) _mm512_storeu_ps(p + i, _mm512_setzero_ps());
-            continue;
-        }
-        __m512 sum = _mm512_setzero_ps();
-        for (size_t i = 0; i < STEP; i += 16) {
-            const __m512 s = _mm512_loadu_ps(scores + r * STEP + i);
-            const __m512 e = exp_ps(_mm512_sub_ps(s, _mm512_set1_ps(new_max[r])));
-            sum = _mm512_add_ps(sum, e);
-            put_numerators(kind, p, i, e);
-        }
-        w->sum[row + r] = w->sum[row + r] * rescale[r] + _mm512_reduce_add_ps(sum);
-        w->max[row + r] = new_max[r];
-        if (rescale[r] == 1.f) continue;
-        float *values = w->values + (row + r) * w->padded_dim;
-        for (size_t i = 0; i < w->padded_dim; i += 16)
-            _mm512_storeu_ps(values + i, _mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(rescale[r])));
-    }
+// Lanes of the 16 keys from `key` on that lie in [begin, end).
+INLINE __mmask16 lanes(size_t begin, size_t end, size_t key) {
+    const __mmask16 before = end > key ? first16(end - key) : 0;
+    return before & (__mmask16) ~(begin > key ? first16(begin - key) : 0);
 }
 
-// V of the step's first `tokens`, filled up with zeros to whole vectors, and to whole pairs: the other half
+// One row's scores as the softmax takes them; of keys that it does not see, -inf.
+INLINE __m512 adjusted(const struct work *w, size_t row, size_t key, __m512 raw) {
+    __m512 s = _mm512_mul_ps(raw, _mm512_set1_ps(w->a->scale));
+    if (w->a->softcap != 0) {
+        const __m512 cap = _mm512_set1_ps(w->a->softcap);
+        s = _mm512_mul_ps(cap, tanh_ps(_mm512_div_ps(s, cap)));
+    }
+    const __mmask16 seen = lanes((size_t)w->row_begin[row], (size_t)w->row_end[row], key);
+    return seen == FULL ? s : _mm512_mask_blend_ps(seen, minus_infinity(), s);
+}
+
+// One step of the online softmax for a row: numerators from scores, of the groups [group, end_group), and what came
+// before rescaled to the new maximum.
+INLINE void soften_row(const struct work *w, enum kind kind, size_t row, const struct state *s, size_t i, size_t step,
+                       size_t group, size_t end_group, float *scores, word *numerators) {
+    __m512 largest = minus_infinity();
+    for (size_t g = group; g < end_group; g++) {
+        const __m512 score = adjusted(w, row, step + g * GROUP, _mm512_loadu_ps(scores + g * GROUP));
+        _mm512_storeu_ps(scores + g * GROUP, score);
+        largest = _mm512_max_ps(score, largest);
+    }
+    const float before = s->max[i], here = _mm512_reduce_max_ps(largest), max = here > before ? here : before;
+    const __m512 maximum = _mm512_set1_ps(max);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t g = group; g < end_group; g++) {
+        // A row that has seen no key keeps a maximum of -inf; its differences would be NaN.
+        const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(scores + g * GROUP), maximum);
+        const __m512 e = max == -__builtin_inff() ? _mm512_setzero_ps() : exp_ps(difference);
+        sum = _mm512_add_ps(sum, e);
+        put_numerators(kind, numerators, g * GROUP, e);
+    }
+    if (max == before) {
+        s->sum[i] += _mm512_reduce_add_ps(sum);
+        return;
+    }
+    const float rescale = exp_of(before - max);
+    s->sum[i] = s->sum[i] * rescale + _mm512_reduce_add_ps(sum);
+    s->max[i] = max;
+    float *values = s->values + i * w->padded_dim;
+    for (size_t d = 0; d < w->padded_dim; d += 16)
+        _mm512_storeu_ps(values + d, _mm512_mul_ps(_mm512_loadu_ps(values + d), _mm512_set1_ps(rescale)));
+}
+
+// V of the tokens [begin, end) of the step, filled up with zeros to whole vectors, and to whole pairs: the other half
 // of the last pair is whatever the block held before.
-INLINE void stage_values(const struct work *w, enum kind kind, size_t step, size_t tokens) {
+INLINE void stage_values(const struct work *w, enum kind kind, size_t step, size_t begin, size_t end) {
     const size_t per_word = kind == BF16 ? 2 : 1;
-    for (size_t token = 0; token < tokens; token += per_word) {
+    for (size_t token = begin; token < end; token += per_word) {
         const word *from = value_group(w, step + token) + token % GROUP / per_word * w->head_dim;
         word *to = w->staged + token / per_word * w->padded_dim;
-        const word keep = kind == BF16 && token + 1 == tokens ? 0xffff : 0xffffffff;
+        const word keep = kind == BF16 && token + 1 == end ? 0xffff : 0xffffffff;
         for (size_t i = 0; i < w->padded_dim; i++) to[i] = i < w->head_dim ? from[i] & keep : 0;
     }
 }
 
 // values (rows, head_dim) += numerators · V over `tokens` tokens that lie at v, one word of tokens b_step
 // words apart
-INLINE void accumulate_values(const struct work *w, enum kind kind, size_t row, size_t rows, const word *numerators,
+INLINE void accumulate_values(const struct work *w, enum kind kind, size_t rows, float *values, const word *numerators,
                               const word *v, size_t b_step, size_t tokens) {
     struct tile t = {
         .a = numerators,
@@ -151,41 +193,41 @@ INLINE void accumulate_values(const struct work *w, enum kind kind, size_t row, 
         .b_panel = 16,
         .num_words = words_of(kind, tokens),
     };
-    float *values = w->values + row * w->padded_dim;
-    for (size_t i = 0; i < w->padded_dim; i += 16 * TILE_PANELS, t.b += 16 * TILE_PANELS) {
+    size_t i = 0;
+    if (rows == 1)
+        for (; i + 16 * ONE_ROW_PANELS <= w->padded_dim; i += 16 * ONE_ROW_PANELS, t.b += 16 * ONE_ROW_PANELS)
+            sum_tile_of(kind, false, 1, ONE_ROW_PANELS, &t, values + i, w->padded_dim);
+    for (; i < w->padded_dim; i += 16 * TILE_PANELS, t.b += 16 * TILE_PANELS) {
         if (TILE_PANELS == 2 && i + 16 < w->padded_dim)
-            add_tile(kind, rows, TILE_PANELS, &t, values + i, w->padded_dim);
+            sum_tile(kind, false, rows, TILE_PANELS, &t, values + i, w->padded_dim);
         else
-            add_tile(kind, rows, 1, &t, values + i, w->padded_dim);
+            sum_tile(kind, false, rows, 1, &t, values + i, w->padded_dim);
     }
 }
 
-// The splits so far and this one, each over its own maximum, as one.
-INLINE void merge_split(const struct work *w) {
-    for (size_t row = 0; row < w->rows; row++) {
-        const float max = w->max[row] > w->total_max[row] ? w->max[row] : w->total_max[row];
-        if (max == -__builtin_inff()) continue;
-        float weights[16];
-        clear(weights, 16, 0);
-        weights[0] = w->total_max[row] - max;
-        weights[1] = w->max[row] - max;
-        _mm512_storeu_ps(weights, exp_ps(_mm512_loadu_ps(weights)));
-        const __m512 before = _mm512_set1_ps(weights[0]), now = _mm512_set1_ps(weights[1]);
-        float *total = w->total_values + row * w->padded_dim;
-        const float *values = w->values + row * w->padded_dim;
-        for (size_t i = 0; i < w->padded_dim; i += 16) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(total + i), before);
-            _mm512_storeu_ps(total + i, _mm512_fmadd_ps(_mm512_loadu_ps(values + i), now, scaled));
-        }
-        w->total_sum[row] = w->total_sum[row] * weights[0] + w->sum[row] * weights[1];
-        w->total_max[row] = max;
+INLINE void attend_step(const struct work *w, enum kind kind, const struct rows *r, const struct state *s,
+                        size_t step) {
+    const size_t seen = smaller(r->end - step, STEP), group = r->begin > step ? (r->begin - step) / GROUP : 0;
+    const size_t end_group = (seen + GROUP - 1) / GROUP, first = group * GROUP;
+    const size_t tokens = smaller(end_group * GROUP, w->kv_length - step); // of the last group, those that there are
+    float scores[TILE_ROWS * STEP];
+    word numerators[TILE_ROWS * STEP];
+    scores_of_step(w, kind, r, step, group, end_group, scores);
+    for (size_t i = 0; i < r->count; i++)
+        soften_row(w, kind, r->first + i, s, i, step, group, end_group, scores + i * STEP, numerators + i * STEP);
+    const word *from = numerators + group * a_words_of(kind, GROUP);
+    if (w->head_dim != w->padded_dim || (kind == BF16 && tokens % 2)) {
+        stage_values(w, kind, step, first, tokens);
+        const word *v = w->staged + words_of(kind, first) * w->padded_dim;
+        accumulate_values(w, kind, r->count, s->values, from, v, w->padded_dim, tokens - first);
+    } else if (is_one_run(w, w->a->blocks.v_strides, step)) {
+        const word *v = value_group(w, step + first);
+        accumulate_values(w, kind, r->count, s->values, from, v, w->head_dim, tokens - first);
+    } else {
+        for (size_t token = first; token < tokens; token += GROUP, from += a_words_of(kind, GROUP))
+            accumulate_values(w, kind, r->count, s->values, from, value_group(w, step + token), w->head_dim,
+                              smaller(tokens - token, GROUP));
     }
-}
-
-INLINE void begin_split(const struct work *w) {
-    clear(w->max, w->rows, -__builtin_inff());
-    clear(w->sum, w->rows, 0);
-    clear(w->values, w->rows * w->padded_dim, 0);
 }
 
 // Asks for the keys and values of a step while the one before is computed. The CPU's own prefetching loses the thread
@@ -199,25 +241,34 @@ INLINE void fetch_ahead(const struct work *w, enum kind kind, size_t step, size_
     }
 }
 
-INLINE void attend_step(const struct work *w, enum kind kind, size_t step) {
-    const size_t tokens = smaller(w->kv_length - step, STEP);
-    const bool staged = w->head_dim != w->padded_dim || (kind == BF16 && tokens % 2);
-    if (staged) stage_values(w, kind, step, tokens);
-    float scores[TILE_ROWS * STEP];
-    word numerators[TILE_ROWS * STEP];
-    for (size_t row = 0; row < w->rows; row += TILE_ROWS) {
-        const size_t rows = smaller(w->rows - row, TILE_ROWS);
-        if (visible(w, row + rows - 1, step) == 0) continue;
-        scores_of_step(w, kind, row, rows, step, scores);
-        soften_step(w, kind, row, rows, step, scores, numerators);
-        if (staged) {
-            accumulate_values(w, kind, row, rows, numerators, w->staged, w->padded_dim, tokens);
-            continue;
+INLINE void begin_state(const struct work *w, const struct state *s, size_t rows) {
+    for (size_t i = 0; i < rows; i++) s->max[i] = -__builtin_inff(), s->sum[i] = 0;
+    clear(s->values, rows * w->padded_dim, 0);
+}
+
+INLINE struct state state_from(const struct work *w, struct state s, size_t row) {
+    return (struct state){s.max + row, s.sum + row, s.values + row * w->padded_dim};
+}
+
+INLINE struct state state_at(float *memory, size_t rows) {
+    const size_t padded = attend_padded(rows);
+    return (struct state){memory, memory + padded, memory + 2 * padded};
+}
+
+// The splits so far and this one, each over its own maximum, as one.
+INLINE void merge_split(const struct work *w, struct state total, struct state split, size_t rows) {
+    for (size_t row = 0; row < rows; row++) {
+        const float max = split.max[row] > total.max[row] ? split.max[row] : total.max[row];
+        if (max == -__builtin_inff()) continue;
+        const float before = exp_of(total.max[row] - max), now = exp_of(split.max[row] - max);
+        float *sums = total.values + row * w->padded_dim;
+        const float *values = split.values + row * w->padded_dim;
+        for (size_t i = 0; i < w->padded_dim; i += 16) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(before));
+            _mm512_storeu_ps(sums + i, _mm512_fmadd_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(now), scaled));
         }
-        const size_t a_words = a_words_of(kind, GROUP);
-        for (size_t token = 0; token < tokens; token += GROUP)
-            accumulate_values(w, kind, row, rows, numerators + token / GROUP * a_words, value_group(w, step + token),
-                              w->head_dim, smaller(tokens - token, GROUP));
+        total.sum[row] = total.sum[row] * before + split.sum[row] * now;
+        total.max[row] = max;
     }
 }
 
@@ -225,28 +276,43 @@ INLINE void write_rows(const struct work *w, enum kind kind, size_t first_query)
     const size_t group = w->a->group, heads = w->a->blocks.kv_heads * group;
     for (size_t row = 0; row < w->rows; row++) {
         const size_t token = first_query + row / group, head = w->head * group + row % group;
+        float sum = w->total.sum[row], weight = 1;
+        if (w->a->sinks) { // a last split of one key without a value
+            const float sink = w->a->sinks[head], seen = w->total.max[row], max = sink > seen ? sink : seen;
+            weight = exp_of(seen - max);
+            sum = sum * weight + exp_of(sink - max);
+        }
         void *out = at_mut(kind, w->a->out, (token * heads + head) * w->head_dim);
-        const __m512 inverse = _mm512_set1_ps(1.f / w->total_sum[row]);
+        const __m512 inverse = _mm512_set1_ps(weight / sum);
         for_each_16(i, mask, w->head_dim) {
-            const __m512 total = _mm512_loadu_ps(w->total_values + row * w->padded_dim + i);
+            const __m512 total = _mm512_loadu_ps(w->total.values + row * w->padded_dim + i);
             store(kind, out, i, mask, _mm512_mul_ps(total, inverse));
         }
     }
 }
 
 INLINE void lay_out(struct work *w, void *scratch) {
-    const size_t rows = (w->rows + 15) / 16 * 16;
+    const size_t rows = attend_padded(w->rows);
     float *next = scratch;
 #define TAKE(n) (next += (n), next - (n))
-    w->max = TAKE(rows);
-    w->sum = TAKE(rows);
-    w->total_max = TAKE(rows);
-    w->total_sum = TAKE(rows);
-    w->values = TAKE(rows * w->padded_dim);
-    w->total_values = TAKE(rows * w->padded_dim);
+    w->row_begin = (int32_t *)TAKE(rows);
+    w->row_end = (int32_t *)TAKE(rows);
     w->q = (word *)TAKE(rows * w->padded_dim);
+    w->total = state_at(TAKE(attend_state_floats(w->rows, w->head_dim)), w->rows);
+    w->tile = state_at(TAKE(attend_state_floats(16, w->head_dim)), 16);
     w->staged = (word *)TAKE(STEP * w->padded_dim);
 #undef TAKE
+}
+
+// A tile's rows over the keys of a split.
+INLINE void attend_split(const struct work *w, enum kind kind, const struct rows *r, const struct state *s,
+                         size_t split) {
+    begin_state(w, s, r->count);
+    const size_t end = smaller(r->end, split + SPLIT);
+    for (size_t step = larger(split, r->begin / STEP * STEP); step < end; step += STEP) {
+        if (r->first == 0) fetch_ahead(w, kind, step + STEP, w->end); // the other tiles find them in the cache
+        attend_step(w, kind, r, s, step);
+    }
 }
 
 INLINE void attend_item(const struct attend_args *a, enum kind kind, const struct attend_item *item, void *scratch) {
@@ -259,28 +325,36 @@ INLINE void attend_item(const struct attend_args *a, enum kind kind, const struc
         .head = (size_t)item->head,
         .rows = num_queries * a->group,
         .head_dim = head_dim,
-        .padded_dim = (head_dim + 15) / 16 * 16,
+        .padded_dim = attend_padded(head_dim),
         .q_words = a_words_of(kind, head_dim),
         .kv_length = (size_t)a->kv_lengths[s],
     };
-    w.first_position = w.kv_length - (size_t)a->query_starts[s + 1] + first_query;
     lay_out(&w, scratch);
+    find_keys(&w, first_query, w.kv_length - (size_t)a->query_starts[s + 1] + first_query);
     for (size_t row = 0; row < w.rows; row++) {
         const char *token = (const char *)a->q + (first_query + row / a->group) * a->q_stride;
         put_a(kind, w.q + row * w.q_words, 1, at(kind, token, (w.head * a->group + row % a->group) * head_dim),
               head_dim);
     }
-    clear(w.total_max, w.rows, -__builtin_inff());
-    clear(w.total_sum, w.rows, 0);
-    clear(w.total_values, w.rows * w.padded_dim, 0);
-    const size_t end = w.first_position + num_queries;
-    for (size_t split = 0; split < end; split += SPLIT) {
-        begin_split(&w);
-        for (size_t step = split; step < smaller(end, split + SPLIT); step += STEP) {
-            fetch_ahead(&w, kind, step + STEP, end);
-            attend_step(&w, kind, step);
+    const size_t state_floats = attend_state_floats(w.rows, head_dim);
+    begin_state(&w, &w.total, w.rows);
+    for (size_t split = (size_t)item->begin_split; split < (size_t)item->end_split; split++) {
+        for (size_t row = 0; row < w.rows; row += TILE_ROWS) {
+            const struct rows r = rows_from(&w, row);
+            if (item->num_splits) {
+                float *memory = item->partials + (split - (size_t)item->first_split) * state_floats;
+                const struct state tile = state_from(&w, state_at(memory, w.rows), row);
+                attend_split(&w, kind, &r, &tile, split * SPLIT);
+            } else if (r.begin < (split + 1) * SPLIT && r.end > split * SPLIT) {
+                attend_split(&w, kind, &r, &w.tile, split * SPLIT);
+                merge_split(&w, state_from(&w, w.total, row), w.tile, r.count);
+            }
         }
-        merge_split(&w);
+    }
+    if (item->num_splits) {
+        if (__atomic_sub_fetch(item->unfinished, 1, __ATOMIC_ACQ_REL)) return;
+        for (size_t split = 0; split < (size_t)item->num_splits; split++)
+            merge_split(&w, w.total, state_at(item->partials + split * state_floats, w.rows), w.rows);
     }
     write_rows(&w, kind, first_query);
 }

@@ -54,12 +54,12 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
         .b_panel = words * 16,
         .num_words = words,
     };
-    for (size_t i = 0; i < rows * PAIR_COLUMNS; i += 16) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
     if (TILE_PANELS == 2 && panels == 2) {
-        add_tile(kind, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
+        sum_tile(kind, true, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
         return;
     }
-    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) add_tile(kind, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel)
+        sum_tile(kind, true, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
 }
 
 // sums (64) of the only row and up to four panels. A row at decode is bound by memory.
@@ -73,12 +73,11 @@ INLINE void sum_one_row(enum kind kind, const struct linear_args *a, size_t pair
         .b_panel = words * 16,
         .num_words = words,
     };
-    for (size_t i = 0; i < ONE_ROW_PANELS * 16; i += 16) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
     if (panels == ONE_ROW_PANELS) {
-        add_tile_of(kind, 1, ONE_ROW_PANELS, &t, sums, 0);
+        sum_tile_of(kind, true, 1, ONE_ROW_PANELS, &t, sums, 0);
         return;
     }
-    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) add_tile_of(kind, 1, 1, &t, sums + 16 * p, 0);
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) sum_tile_of(kind, true, 1, 1, &t, sums + 16 * p, 0);
 }
 
 typedef void finish_row(const struct linear_args *a, size_t row, size_t pair, const float *sums);

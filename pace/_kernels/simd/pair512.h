@@ -172,6 +172,9 @@ INLINE pair_ps pair_moveldup_ps(pair_ps a) {
 #define _mm512_permute_ps(a, control)                                                                                  \
     ((pair_ps){{_mm256_permute_ps((a).half[0], control), _mm256_permute_ps((a).half[1], control)}})
 
+INLINE float pair_cvtss_f32(pair_ps a) { return _mm256_cvtss_f32(a.half[0]); }
+#define _mm512_cvtss_f32 pair_cvtss_f32
+
 // Reductions, in the order of gcc's own expansion: halves, quarters, pairs.
 
 INLINE float pair_reduce_add_ps(pair_ps a) {

@@ -106,14 +106,15 @@ INLINE void multiply_tile(enum kind kind, const int ROWS, const int PANELS, cons
     }
 }
 
-// sums (rows, 16 · panels) float32, `stride` elements apart, += the tile.
-INLINE void add_tile_of(enum kind kind, const int ROWS, const int PANELS, const struct tile *t, float *sums,
-                        size_t stride) {
+// sums (rows, 16 · panels) float32, `stride` elements apart, += the tile; or, with FRESH, = the tile.
+INLINE void sum_tile_of(enum kind kind, const bool FRESH, const int ROWS, const int PANELS, const struct tile *t,
+                        float *sums, size_t stride) {
     __m512 acc[TILE_ROWS * ONE_ROW_PANELS];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) acc[r * PANELS + p] = _mm512_loadu_ps(sums + r * stride + 16 * p);
+        for (int p = 0; p < PANELS; p++)
+            acc[r * PANELS + p] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * stride + 16 * p);
     multiply_tile(kind, ROWS, PANELS, t, acc);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++)
@@ -124,9 +125,10 @@ INLINE void add_tile_of(enum kind kind, const int ROWS, const int PANELS, const 
 // The same for any number of rows up to TILE_ROWS.
 #define ROWS_CASE(n)                                                                                                   \
     case n:                                                                                                            \
-        add_tile_of(kind, n, PANELS, t, sums, stride);                                                                 \
+        sum_tile_of(kind, FRESH, n, PANELS, t, sums, stride);                                                          \
         break;
-INLINE void add_tile(enum kind kind, size_t rows, const int PANELS, const struct tile *t, float *sums, size_t stride) {
+INLINE void sum_tile(enum kind kind, const bool FRESH, size_t rows, const int PANELS, const struct tile *t, float *sums,
+                     size_t stride) {
     switch (rows) {
         ROWS_CASE(1)
         ROWS_CASE(2)

@@ -5,9 +5,8 @@
 
 enum { GROUP = 16 }; // tokens
 
-// The group of 16 tokens that holds token `offset` of a block, for one head: `which` is k or v.
-INLINE char *group_of(const struct kv_blocks *b, enum kind kind, void *which, size_t block, size_t head,
-                      size_t offset) {
-    const size_t first = (block * b->kv_heads + head) * b->block_tokens + offset / GROUP * GROUP;
-    return (char *)which + first * b->head_dim * bytes_of(kind);
+// The group of 16 tokens that holds token `offset` of a block, for one head; `base` is k or v, with its strides.
+INLINE void *group_of(const void *base, const ptrdiff_t *strides, size_t block, size_t head, size_t offset) {
+    const ptrdiff_t at = (ptrdiff_t)block * strides[0] + (ptrdiff_t)head * strides[1];
+    return (char *)base + at + (ptrdiff_t)(offset / GROUP) * strides[2];
 }

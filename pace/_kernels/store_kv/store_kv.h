@@ -5,6 +5,7 @@
 // One layer's keys and values; the layout is drawn in pace/reference/store_kv.py.
 struct kv_blocks {
     void *k, *v;
+    ptrdiff_t k_strides[3], v_strides[3]; // bytes from one block, head, group of a head to the next
     size_t kv_heads, head_dim, block_tokens;
     int kind;
 };

@@ -5,6 +5,8 @@ cdef extern from "store_kv/store_kv.h":
     struct kv_blocks:
         void *k
         void *v
+        ptrdiff_t[3] k_strides
+        ptrdiff_t[3] v_strides
         size_t kv_heads
         size_t head_dim
         size_t block_tokens

@@ -44,8 +44,8 @@ cdef Py_ssize_t set_blocks(kv_blocks *blocks, cnp.ndarray k_blocks, cnp.ndarray 
             fits = fits and k[4] == GROUP and v[3] == GROUP
     if not fits:
         raise ValueError(f"k_blocks has shape {np.shape(k_blocks)}, v_blocks {np.shape(v_blocks)}; see kv_shapes")
-    if not (cnp.PyArray_IS_C_CONTIGUOUS(k_blocks) and cnp.PyArray_IS_C_CONTIGUOUS(v_blocks)):
-        raise ValueError("k_blocks and v_blocks must be C-contiguous")
+    copy_strides(blocks.k_strides, k_blocks, "k_blocks")
+    copy_strides(blocks.v_strides, v_blocks, "v_blocks")
     blocks.k = cnp.PyArray_DATA(k_blocks)
     blocks.v = cnp.PyArray_DATA(v_blocks)
     blocks.kv_heads = k[1]
@@ -53,6 +53,20 @@ cdef Py_ssize_t set_blocks(kv_blocks *blocks, cnp.ndarray k_blocks, cnp.ndarray 
     blocks.block_tokens = k[2] * GROUP
     blocks.kind = kind
     return k[0] * k[2] * GROUP
+
+
+cdef int copy_strides(ptrdiff_t *strides, cnp.ndarray blocks, str name) except -1:
+    """Those of blocks, heads and groups; within a group there is only one way."""
+    cdef Py_ssize_t axis, dense = cnp.PyArray_ITEMSIZE(blocks)
+    for axis in range(cnp.PyArray_NDIM(blocks) - 1, 2, -1):
+        if cnp.PyArray_DIM(blocks, axis) > 1 and cnp.PyArray_STRIDE(blocks, axis) != dense:
+            raise ValueError(
+                f"{name} has strides {(<object>blocks).strides}; each group of {GROUP} tokens must be contiguous"
+            )
+        dense *= cnp.PyArray_DIM(blocks, axis)
+    for axis in range(3):
+        strides[axis] = cnp.PyArray_STRIDE(blocks, axis)
+    return 0
 
 
 cdef int check_kv_heads(cnp.ndarray x, str name, const kv_blocks *blocks, Py_ssize_t heads) except -1:

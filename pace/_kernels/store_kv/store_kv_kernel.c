@@ -6,8 +6,8 @@ INLINE void store_token(const struct store_kv_args *a, size_t token, enum kind k
     const size_t block = slot / b->block_tokens, offset = slot % b->block_tokens, lane = offset % GROUP;
     const char *k = (const char *)a->k + token * a->k_stride, *v = (const char *)a->v + token * a->v_stride;
     for (size_t head = 0; head < b->kv_heads; head++) {
-        void *k_group = group_of(b, kind, b->k, block, head, offset);
-        void *v_group = group_of(b, kind, b->v, block, head, offset);
+        void *k_group = group_of(b->k, b->k_strides, block, head, offset);
+        void *v_group = group_of(b->v, b->v_strides, block, head, offset);
         const size_t first = head * head_dim;
         if (kind == BF16) {
             const word *pairs = (const word *)at(BF16, k, first);
