@@ -48,6 +48,7 @@ class Contiguous(BlockCache):
         most_regions = ADDRESS_SPACE // (region * shape.bytes_per_token)
         self.least = rounded(max(1, -(-capacity // most_regions)), self.step)
         super().__init__(shape, operators, region, capacity // self.least, capacity, huge_pages=False)
+        self._rooms = np.zeros(0, np.int64)  # of each sequence: tokens that it may write
 
     @abstractmethod
     def _grown(self, steps: Longs) -> Longs:
@@ -61,14 +62,31 @@ class Contiguous(BlockCache):
         return int(held) if isinstance(lengths, int) else held
 
     def _free_tokens(self) -> int:
-        return self.capacity_tokens - int(self.room_for(np.maximum(self._lengths, 0)).sum())
+        return self.capacity_tokens - int(self._rooms.sum())
+
+    def _make_room(self, rows: Longs, grown: Longs, blocks: int) -> None:
+        if (grown <= self._rooms[rows]).all():
+            return
+        rooms = self.room_for(grown)
+        self._require(int(rooms.sum() - self._rooms[rows].sum()))
+        self._rooms[rows] = rooms
 
     def truncate(self, sequence: int, length: int) -> None:
-        before, region = self.room_for(self.length(sequence)), self._blocks_held(sequence)
+        region = self._blocks_held(sequence)
         super().truncate(sequence, length)
-        after = self.room_for(length)
+        before, after = int(self._rooms[sequence]), self.room_for(length)
         if after < before:
+            self._rooms[sequence] = after
             self._release(region, after, before)
+
+    def _begin(self, blocks: Ints, length: int) -> int:
+        sequence = super()._begin(blocks, length)
+        self._rooms[sequence] = self.room_for(length)
+        return sequence
+
+    def _more_rows(self) -> None:
+        super()._more_rows()
+        self._rooms = np.append(self._rooms, np.zeros(len(self._lengths) - len(self._rooms), np.int64))
 
     def _release(self, region: Ints, begin: int, end: int) -> None:
         """The pages of tokens begin … end, of every run of a region."""

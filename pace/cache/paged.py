@@ -32,7 +32,7 @@ class Paged(BlockCache):
         block_tokens = BLOCK_TOKENS if block_tokens is None else check_block_tokens(block_tokens)
         num_blocks = blocks_within(shape, capacity_bytes, block_tokens)
         super().__init__(shape, operators, block_tokens, num_blocks, num_blocks * block_tokens, huge_pages=True)
-        self._holders = np.zeros(num_blocks, np.int32)  # sequences, and the index
+        self._sharers = np.zeros(num_blocks, np.int32)  # who hold a block, sequences and the index, beyond the first
         self._tokens = np.zeros((num_blocks, block_tokens), np.int32)
         self._index: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}  # of the blocks that the index holds
@@ -88,49 +88,47 @@ class Paged(BlockCache):
         while self._num_free < count:
             block, _ = self._idle.popitem(last=False)
             self._forget(block)
-        blocks = super()._take(count)
-        self._holders[blocks] = 1
-        return blocks
+        return super()._take(count)
 
     def _share(self, blocks: Ints) -> None:
-        self._holders[blocks] += 1
+        """One more sequence holds them."""
+        self._sharers[blocks] += 1
         for block in blocks.tolist() if self._idle else ():
             self._idle.pop(block, None)
 
     def _give(self, blocks: Ints) -> None:
-        self._holders[blocks] -= 1
-        holders = self._holders[blocks]
-        super()._give(blocks[holders == 0])
-        for block in blocks[holders == 1][::-1].tolist():  # the last first: no block goes before those that follow
-            if block in self._digests:
+        alone = self._sharers[blocks] == 0
+        super()._give(blocks[alone])
+        shared = blocks[~alone]
+        self._sharers[shared] -= 1
+        for block in shared[::-1].tolist():  # the last first: no block goes before those that follow on it
+            if self._sharers[block] == 0 and block in self._digests:
                 self._idle[block] = None
 
     def _forget(self, block: int) -> None:
         """The index gives up a block."""
         del self._index[self._digests.pop(block)]
-        self._holders[block] -= 1
-        if self._holders[block] == 0:
-            super()._give(np.array([block], np.int32))
+        self._give(np.array([block], np.int32))
 
     # --- copy on write ---
 
-    def _make_room(self, rows: Longs, lengths: Longs, grown: Longs) -> None:
+    def _make_room(self, rows: Longs, grown: Longs, blocks: int) -> None:
         """Of each block that is gone on in, the sequence is the only holder afterwards."""
-        columns, filled = np.divmod(lengths, self.block_tokens)
-        inside = np.flatnonzero((filled > 0) & (grown > lengths))
-        rows, columns = rows[inside], columns[inside]
-        blocks = self._tables[rows, columns]
-        held = self._holders[blocks] > 1
-        writers = Counter(blocks[held].tolist())
+        lengths = self._lengths[rows]
+        columns = (lengths - 1) // self.block_tokens
+        tails = self._tables[rows, columns]
+        shared = self._sharers[tails] > 0
+        if shared.any():
+            shared &= (lengths % self.block_tokens > 0) & (grown > lengths)
+        writers = Counter(tails[shared].tolist())
         # Where all who hold a block write to it, the last of them keeps it.
         copies = sum(count - (count == self._sequences_holding(block)) for block, count in writers.items())
-        more = self.room_for(grown).sum() - self.room_for(lengths).sum()
-        self._require(int(more) + copies * self.block_tokens)
-        for row, column in zip(rows[held].tolist(), columns[held].tolist(), strict=True):
-            self._own(row, column)
+        self._require((blocks + copies) * self.block_tokens)
+        for i in np.flatnonzero(shared).tolist():
+            self._own(int(rows[i]), int(columns[i]))
 
     def _sequences_holding(self, block: int) -> int:
-        return int(self._holders[block]) - (block in self._digests)
+        return int(self._sharers[block]) + 1 - (block in self._digests)
 
     def _own(self, row: int, column: int) -> None:
         block = int(self._tables[row, column])
@@ -160,7 +158,7 @@ class Paged(BlockCache):
             twin = self._index.setdefault(digest, block)
             if twin == block:
                 self._digests[block] = digest
-                self._holders[block] += 1
+                self._sharers[block] += 1
             else:
                 self._share(np.array([twin], np.int32))
                 blocks[i] = twin
