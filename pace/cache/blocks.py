@@ -54,7 +54,7 @@ class BlockCache(KVCache):
         self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack, its top at _num_free
         self._num_free = num_blocks
         self._lengths = np.zeros(0, np.int64)  # of each sequence
-        self._tables = np.zeros((0, 1), np.int32)  # of each sequence; what stands past its blocks is old
+        self._tables = np.zeros((0, 1), np.int32)  # of each sequence; past its blocks numbers mean nothing
         self._ended: list[int] = []  # rows that are no sequence's, the next one last
 
     # --- what the caches differ in ---
@@ -217,13 +217,12 @@ class BlockCache(KVCache):
     def _fill_tables(self, rows: Longs, held: Longs, more: Longs, blocks: Ints) -> None:
         """The next more[i] of the blocks into row rows[i], past the held[i] that it has.
 
-        Every row is given as many as the one that gets most, in one copy; what it gets too many is past its blocks.
+        In one copy, every row is given as many as the one that gets most; past its blocks a number means nothing.
         """
         width = int(more.max())
         self._widen_tables(int(held.max()) + width)
         first = more.cumsum() - more
-        padded = np.empty(len(blocks) + width, np.int32)
-        padded[: len(blocks)] = blocks
+        padded = np.append(blocks, np.zeros(width, np.int32))
         _windows(self._tables.reshape(-1), width)[rows * self._tables.shape[1] + held] = _windows(padded, width)[first]
 
     def _place(self, rows: Longs, added: Longs, lengths: Longs) -> Placement:

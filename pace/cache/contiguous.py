@@ -45,7 +45,7 @@ class Contiguous(BlockCache):
         capacity = blocks_within(shape, capacity_bytes, self.step) * self.step
         region = min(rounded(shape.max_tokens, self.step), capacity)
         # What a sequence takes at least, so that there are as many regions as the budget can ever need.
-        most_regions = ADDRESS_SPACE // (region * shape.bytes_per_token)
+        most_regions = max(1, ADDRESS_SPACE // (region * shape.bytes_per_token))
         self.least = rounded(max(1, -(-capacity // most_regions)), self.step)
         super().__init__(shape, operators, region, capacity // self.least, capacity, huge_pages=False)
         self._rooms = np.zeros(0, np.int64)  # of each sequence: tokens that it may write

@@ -118,14 +118,16 @@ class Paged(BlockCache):
         columns = (lengths - 1) // self.block_tokens
         tails = self._tables[rows, columns]
         shared = self._sharers[tails] > 0
-        if shared.any():
-            shared &= (lengths % self.block_tokens > 0) & (grown > lengths)
+        if not shared.any():
+            return super()._make_room(rows, grown, blocks)
+        shared &= (lengths % self.block_tokens > 0) & (grown > lengths)
         writers = Counter(tails[shared].tolist())
         # Where all who hold a block write to it, the last of them keeps it.
         copies = sum(count - (count == self._sequences_holding(block)) for block, count in writers.items())
         self._require((blocks + copies) * self.block_tokens)
         for i in np.flatnonzero(shared).tolist():
             self._own(int(rows[i]), int(columns[i]))
+        return None
 
     def _sequences_holding(self, block: int) -> int:
         return int(self._sharers[block]) + 1 - (block in self._digests)
