@@ -531,7 +531,11 @@ def test_a_cache_that_is_too_small(directory, llm):
 
 def test_bad_arguments(directory):
     assert_refused(ValueError, "dtype is 'float64'; it must be auto", LLM, directory, dtype="float64")
-    assert_refused(ValueError, "cache is 'NONE'; it must be SLAB_POOL", LLM, directory, cache="NONE")
+    assert_refused(
+        ValueError, "cache is 'NONE'; it must be SLAB_POOL, PAGED, BMC, DYNAMIC", LLM, directory, cache="NONE"
+    )
+    for block_tokens in (0, 24, -16):
+        assert_refused(ValueError, f"block_tokens is {block_tokens}; it", LLM, directory, block_tokens=block_tokens)
     assert_refused(ValueError, "operator 'nrom' is unknown", LLM, directory, operators={"nrom": "NATIVE"})
 
 
