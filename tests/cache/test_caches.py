@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -267,8 +268,16 @@ def test_a_fork_is_of_its_own(name):
     assert not np.allclose(*outs)
 
 
-def life_of(cache, kind):
-    """A long life of many sequences, in chunks, with forks and truncations; all that was attended, per sequence."""
+# What a model may have a query see, beside all up to its own; spans of 8 positions.
+SEEN = {
+    "all": {},
+    "less": {"window": 50, "sinks": np.linspace(-1, 1, KV_HEADS * GROUP, dtype=np.float32), "softcap": 2.0},
+    "spans": {"spans": 8},
+}
+
+
+def life_of(cache, kind, spans=None, **seen):
+    """A long life of many sequences, in chunks, with forks and truncations: all that was attended."""
     rng = np.random.default_rng(1)
     drawn = rng.standard_normal((3, 4000, KV_HEADS * GROUP, HEAD_DIM)).astype(kind)
     outs = []
@@ -276,10 +285,15 @@ def life_of(cache, kind):
     def append(sequences, counts, at):
         """The tokens of a sequence are drawn from `at` on."""
         placement = cache.append(sequences, counts)
+        if spans is not None:
+            begin = placement.positions // spans * spans
+            end = np.minimum(begin + spans, placement.lengths.repeat(counts))
+            placement = replace(placement, spans=np.stack([begin, end], axis=1))
         places = np.concatenate([np.arange(a, a + n) for a, n in zip(at, counts, strict=True)])
         q, k, v = drawn[:, places]
         outs.extend(
-            cache.attend(layer, q, k[:, :KV_HEADS], v[:, :KV_HEADS], placement, SCALE) for layer in range(LAYERS)
+            cache.attend(layer, q, k[:, :KV_HEADS], v[:, :KV_HEADS], placement, SCALE, **seen)
+            for layer in range(LAYERS)
         )
 
     a, b, c = (cache.allocate() for _ in range(3))
@@ -298,17 +312,19 @@ def life_of(cache, kind):
     return outs
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_same_bits_from_every_cache_and_block_size(rung, kind):
-    lives = {
-        (name, block_tokens): life_of(make(name, kind, block_tokens, blocks=-(-4000 // block_tokens)), kind)
-        for name in CACHES
-        for block_tokens in (16, 48, 256)
-    }
-    expected = lives["SLAB_POOL", 256]
-    for which, outs in lives.items():
-        for out, other in zip(outs, expected, strict=True):
-            assert np.array_equal(out.view(np.uint8), other.view(np.uint8)), which
+def test_the_same_bits_from_every_cache_and_block_size(rung, kind, seen):
+    def lived(name, block_tokens, seen):
+        return life_of(make(name, kind, block_tokens, blocks=-(-4000 // block_tokens)), kind, **SEEN[seen])
+
+    expected = lived("SLAB_POOL", 256, seen)
+    for name in CACHES:
+        for block_tokens in (16, 48, 256):
+            outs = lived(name, block_tokens, seen)
+            assert all(np.array_equal(a, b) for a, b in zip(outs, expected, strict=True)), (name, block_tokens)
+    if seen != "all":
+        assert not all(np.array_equal(a, b) for a, b in zip(lived(name, 16, "all"), expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
