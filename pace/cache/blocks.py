@@ -1,8 +1,8 @@
 """What the caches share: one memory cut into blocks, and the tables that say which blocks a sequence holds.
 
 A block holds `block_tokens` tokens of one sequence, keys and values, in all layers. A sequence of n tokens holds
-⌈n / block_tokens⌉ blocks, those of its row of the tables, and its number is that row. No loop here is over tokens,
-requests or blocks.
+⌈n / block_tokens⌉ blocks, those of its row of the tables, and its number is that row. What an append does, it does for
+all sequences, blocks and tokens at once.
 """
 
 from abc import abstractmethod

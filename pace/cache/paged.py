@@ -119,7 +119,8 @@ class Paged(BlockCache):
         tails = self._tables[rows, columns]
         shared = self._sharers[tails] > 0
         if not shared.any():
-            return super()._make_room(rows, grown, blocks)
+            super()._make_room(rows, grown, blocks)
+            return
         shared &= (lengths % self.block_tokens > 0) & (grown > lengths)
         writers = Counter(tails[shared].tolist())
         # Where all who hold a block write to it, the last of them keeps it.
@@ -127,7 +128,6 @@ class Paged(BlockCache):
         self._require((blocks + copies) * self.block_tokens)
         for i in np.flatnonzero(shared).tolist():
             self._own(int(rows[i]), int(columns[i]))
-        return None
 
     def _sequences_holding(self, block: int) -> int:
         return int(self._sharers[block]) + 1 - (block in self._digests)

@@ -48,6 +48,18 @@ def test_answers(llms, rung):
         assert llm.cache.stats().used_bytes == 0
 
 
+def test_more_than_the_cache_holds_at_once(model, llms, rung):
+    """Who is admitted has room to the end, however a cache rounds up."""
+    prompts, params = requests()
+    expected = answers(next(iter(llms.values())).generate(prompts, params))
+    dtype = str(next(iter(llms.values())).model.dtype)
+    for name in CACHES:
+        least = llms[name, 16].cache.tokens_needed(312) * llms[name, 16].model.cache_shape.bytes_per_token
+        small = LLM(model, dtype, least, name, 16)
+        assert answers(small.generate(prompts, params)) == expected
+        assert small.cache.stats().used_bytes == 0
+
+
 def life(llm, cache):
     """Logits of a prompt in pieces, of two forks of it that go on beside another sequence, and after truncations."""
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, 400).astype(np.int32)
