@@ -12,7 +12,7 @@ from tests.kernels.arrays import BF16, F32
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 32
 SCALE = 0.3
-MAX_TOKENS = 1 << 10
+MAX_TOKENS = 1 << 11
 # As in tests/kernels/test_attend.py.
 TOLERANCE = {F32: {"rtol": 2e-5, "atol": 2e-6}, BF16: {"rtol": 2**-6, "atol": 2**-6}}
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -81,12 +82,16 @@ class Life(RuleBasedStateMachine):
         self.histories = {}
         self.strangers = 0  # tokens whose ids were not given
 
-    @initialize(block_tokens=st.sampled_from(BLOCK_TOKENS), blocks=st.integers(1, 6))
+    @initialize(target=sequences, block_tokens=st.sampled_from(BLOCK_TOKENS), blocks=st.integers(1, 20))
     def begin(self, block_tokens, blocks):
         self.cache = make(self.name, self.kind, block_tokens, blocks)
+        return multiple(*(self.allocate_one(None) for _ in range(3)))
 
     @rule(target=sequences, prompt=st.none() | tokens)
     def allocate(self, prompt):
+        return self.allocate_one(prompt)
+
+    def allocate_one(self, prompt):
         least = 0 if prompt is None else self.shared_with_the_living(prompt)
         sequence = self.cache.allocate(prompt)
         assert sequence not in self.histories
@@ -107,9 +112,20 @@ class Life(RuleBasedStateMachine):
         common = [sum(a == b for a, b in zip(wanted, history, strict=False)) for history in self.histories.values()]
         return max(common, default=0) // self.cache.block_tokens * self.cache.block_tokens
 
+    @rule(sequence=sequences, tokens=tokens)
+    def append_to_one(self, sequence, tokens):
+        self.append([(sequence, tokens)], given=True)
+
+    @rule(token=st.integers(0, 1))
+    def append_to_all(self, token):
+        self.append([(sequence, [token]) for sequence in self.histories], given=True)
+
     @rule(
         chosen=st.lists(st.tuples(sequences, tokens), max_size=4, unique_by=lambda pair: pair[0]), given=st.booleans()
     )
+    def append_to_some(self, chosen, given):
+        self.append(chosen, given)
+
     def append(self, chosen, given):
         ids, counts = [sequence for sequence, _ in chosen], [len(tokens) for _, tokens in chosen]
         new = np.array([token for _, tokens in chosen for token in tokens], np.int32)
@@ -165,6 +181,7 @@ class Life(RuleBasedStateMachine):
         self.histories[fork] = self.histories[sequence][:]
         return fork
 
+    @precondition(lambda self: len(self.histories) > 2)
     @rule(sequence=consumes(sequences))
     def free(self, sequence):
         self.cache.free(sequence)
@@ -206,7 +223,7 @@ def live(name, kind, examples, steps):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("name", CACHES)
 def test_a_random_life(name, kind):
-    live(name, kind, examples=200, steps=40)
+    live(name, kind, examples=80, steps=40)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_dynamic_doubles():
 
 @CONTIGUOUS
 def test_a_sequence_is_one_run_that_stays_where_it_is(name):
-    cache = make(name, blocks=40)
+    cache = make(name, blocks=80)
     first, second = cache.allocate(), cache.allocate()
     tables = [cache.append([first, second], counts).block_tables for counts in ([1, 1], [300, 5], [200, 400])]
     assert all(np.array_equal(table, tables[0]) for table in tables)

@@ -35,7 +35,7 @@ class Paged(Life):
 
 
 def test_every_block_is_accounted_for():
-    run_state_machine_as_test(Paged, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(Paged, settings=settings(max_examples=100, stateful_step_count=40, deadline=None))
 
 
 def tokens_of(*runs):
