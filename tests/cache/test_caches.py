@@ -287,9 +287,10 @@ def test_a_fork_is_of_its_own(name):
 
 # What a model may have a query see, beside all up to its own; spans of 8 positions.
 SEEN = {
-    "all": {},
-    "less": {"window": 50, "sinks": np.linspace(-1, 1, KV_HEADS * GROUP, dtype=np.float32), "softcap": 2.0},
-    "spans": {"spans": 8},
+    "window": 50,
+    "sinks": np.linspace(-1, 1, KV_HEADS * GROUP, dtype=np.float32),
+    "softcap": 2.0,
+    "spans": 8,
 }
 
 
@@ -329,19 +330,23 @@ def life_of(cache, kind, spans=None, **seen):
     return outs
 
 
-@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("seen", [{}, SEEN], ids=["all", "some"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_same_bits_from_every_cache_and_block_size(rung, kind, seen):
-    def lived(name, block_tokens, seen):
-        return life_of(make(name, kind, block_tokens, blocks=-(-4000 // block_tokens)), kind, **SEEN[seen])
+    lives = {
+        (name, block_tokens): life_of(make(name, kind, block_tokens, blocks=-(-4000 // block_tokens)), kind, **seen)
+        for name in CACHES
+        for block_tokens in (16, 48, 256)
+    }
+    expected = lives["SLAB_POOL", 256]
+    for which, outs in lives.items():
+        assert all(np.array_equal(a, b) for a, b in zip(outs, expected, strict=True)), which
 
-    expected = lived("SLAB_POOL", 256, seen)
-    for name in CACHES:
-        for block_tokens in (16, 48, 256):
-            outs = lived(name, block_tokens, seen)
-            assert all(np.array_equal(a, b) for a, b in zip(outs, expected, strict=True)), (name, block_tokens)
-    if seen != "all":
-        assert not all(np.array_equal(a, b) for a, b in zip(lived(name, 16, "all"), expected, strict=True))
+
+@pytest.mark.parametrize("what", SEEN)
+def test_what_a_query_sees_is_passed_on(name, what):
+    plain, other = (life_of(make(name, blocks=250), F32, **seen) for seen in ({}, {what: SEEN[what]}))
+    assert any(not np.allclose(a, b) for a, b in zip(plain, other, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -214,6 +214,18 @@ def test_a_block_that_others_hold_is_copied_before_it_is_written_anew():
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == 2 * BLOCK
 
 
+def test_a_copy_is_known_by_all_of_its_content():
+    cache = make("PAGED", blocks=8)
+    cache.free(add(cache, tokens_of(9, 8, 7)[:-1]))  # no block is as new
+    first = add(cache, tokens_of(1)[:5])
+    fork = cache.fork(first)
+    add(cache, tokens_of(1)[5:], fork)
+    cache.free(first)
+    again = cache.allocate(tokens_of(1, 2))
+    assert cache.length(again) == BLOCK
+    assert mean_of(cache, again) == pytest.approx(1)
+
+
 def test_what_was_taken_back_was_never_there():
     """A step that failed: its tokens have no keys, and nobody may begin with them."""
     cache = make("PAGED", blocks=8)
