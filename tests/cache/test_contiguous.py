@@ -39,6 +39,7 @@ def big(cache, max_tokens, **options):
 
 def test_bmc_takes_steps_of_the_square_root():
     assert steps(big(BMC, 2048), [0, 1, 48, 49, 2048]) == [0, 48, 48, 96, 2064]  # 2048 // 45 is 45
+    assert steps(big(BMC, 10000), [1]) == [112]  # 10000 // 100 is 100
     assert steps(big(BMC, 131072), [1, 369]) == [368, 736]  # 131072 // 362 is 362
     assert steps(big(BMC, 2048, splits=4), [1, 513, 2048]) == [512, 1024, 2048]
     assert steps(big(BMC, 2048, splits=1), [1]) == [2048]
