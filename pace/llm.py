@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pace import host
 from pace.cache import CACHES
+from pace.cache.base import check_block_tokens
 from pace.engine.engine import Engine
 from pace.engine.request import Request, RequestOutput
 from pace.engine.sampling_params import SamplingParams
@@ -31,7 +32,8 @@ class LLM:
 
     model: a Hugging Face directory, a GGUF file, a name of `pace pull`, or a repository of the Hugging Face hub. dtype:
     "bfloat16", "float32" or "auto", the checkpoint's own (bfloat16 for quantised ones). kv_cache_bytes: the memory for
-    keys and values, None for a quarter of what is free. cache: the cache's name. operators: the backend of each
+    keys and values, None for a quarter of what is free. cache: SLAB_POOL, PAGED, BMC or DYNAMIC; block_tokens: its
+    blocks, or the steps by which it grows, a multiple of 16, None for its own choice. operators: the backend of each
     operator (see OperatorConfig), by name, mapping or JSON.
 
     ModelError (a ValueError) for a model that is not there or not whole; ValueError for arguments that can't be. Not
@@ -44,11 +46,14 @@ class LLM:
         dtype: str = "auto",
         kv_cache_bytes: int | None = None,
         cache: str = "SLAB_POOL",
+        block_tokens: int | None = None,
         operators: str | Mapping[str, str] | OperatorConfig | None = None,
         progress: bool = False,
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"cache is {cache!r}; it must be {', '.join(CACHES)}")
+        if block_tokens is not None:
+            check_block_tokens(block_tokens)
         config = OperatorConfig.parse(operators)
         path = resolve(str(model))
         with open_checkpoint(path) as checkpoint:
@@ -58,7 +63,7 @@ class LLM:
         named = _as_tokens(end_tokens) or self.tokenizer.eos_token_ids
         self.end_tokens = frozenset(token for token in named if 0 <= token < self.model.vocabulary)
         capacity = kv_cache_bytes if kv_cache_bytes is not None else self._default_cache_bytes()
-        self.cache = CACHES[cache](self.model.cache_shape, capacity, config)
+        self.cache = CACHES[cache](self.model.cache_shape, capacity, config, block_tokens)
         self.engine = Engine(self.model, self.cache, self.tokenizer, operators=config)
         self._ids = count()
 

@@ -164,7 +164,18 @@ def test_stop_strings_can_be_repeated(tiny):
 
 
 def test_options_reach_the_machine(tiny):
-    options = ["--dtype", "bfloat16", "--kv-cache-bytes", "2M", "--cache", "SLAB_POOL", "--threads", 2]
+    options = [
+        "--dtype",
+        "bfloat16",
+        "--kv-cache-bytes",
+        "2M",
+        "--cache",
+        "PAGED",
+        "--threads",
+        2,
+        "--block-tokens",
+        32,
+    ]
     result = run("generate", tiny, "Hello", *options, "--ops", '{"mlp": "REFERENCE"}', "--max-tokens", 9)
     assert result.exit_code == 0, result.output
     assert isa.runtime is None or isa.get_num_threads() == 2
@@ -241,7 +252,8 @@ def as_it_is(tiny, tmp_path):
         (as_it_is, ["Hi", "--kv-cache-bytes", "10"], "kv_cache_bytes is 10; one block of this model takes"),
         (as_it_is, ["Hi", "--max-tokens", "500", "--kv-cache-bytes", "200K"], "do not fit the cache's"),
         (as_it_is, ["Hi", "--dtype", "int3"], "dtype is 'int3'; it must be auto, bfloat16 or float32"),
-        (as_it_is, ["Hi", "--cache", "BAG"], "cache is 'BAG'; it must be SLAB_POOL"),
+        (as_it_is, ["Hi", "--cache", "BAG"], "cache is 'BAG'; it must be SLAB_POOL, PAGED, BMC, DYNAMIC"),
+        (as_it_is, ["Hi", "--block-tokens", "24"], "block_tokens is 24; it must be a multiple of 16"),
     ],
     ids=lambda value: "" if callable(value) or isinstance(value, list) else re.sub(r"\W+", "-", value)[:30],
 )

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pace.ops import OperatorConfig
-from pace.reference.arrays import Array
+from pace.reference.arrays import Array, Float
+from pace.reference.store_kv import GROUP
 
 Ints = NDArray[np.int32]
 
@@ -19,12 +20,13 @@ class CacheFull(RuntimeError):
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model keeps of each token, in every layer."""
+    """What a model keeps of each token, in every layer, and of how many tokens at most."""
 
     num_layers: int
     kv_heads: int
     head_dim: int
     dtype: np.dtype[np.generic]
+    max_tokens: int  # of the longest sequence
 
     @property
     def bytes_per_token(self) -> int:
@@ -36,10 +38,13 @@ class CacheShape:
 class CacheStats:
     """How full a cache is, over all layers."""
 
-    used_tokens: int  # of all sequences
+    used_tokens: int  # of all sequences; one that several share counts for each
     capacity_tokens: int
-    used_bytes: int  # of blocks that sequences hold, full or not
+    used_bytes: int  # that sequences hold, full or not; what several share counts once
     capacity_bytes: int
+    cached_bytes: int = 0  # that no sequence holds, kept for those to come; whoever needs the room gets it
+    prefix_hits: int = 0  # sequences that began with tokens which were there already, since the cache was made
+    prefix_tokens: int = 0  # how many tokens that were
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Placement:
     lengths: Ints  # (sequences,) with the new tokens
     block_tables: Ints  # (sequences, blocks)
     slots: NDArray[np.int64]  # (tokens,)
+    spans: Ints | None = None  # (tokens, 2) positions that see each other in both directions; see reference.attend
 
 
 class KVCache(ABC):
@@ -61,6 +67,8 @@ class KVCache(ABC):
 
     A sequence is a number from allocate to free. append makes room for new tokens in all layers at once, or raises
     CacheFull and changes nothing; then attend, once a layer, writes their keys and values and reads all that there are.
+    Tokens that have been appended and not been through every layer are taken back by truncate before anything else is
+    asked of the cache. A number that is no sequence's is a ValueError.
     """
 
     @abstractmethod
@@ -73,18 +81,36 @@ class KVCache(ABC):
         """
 
     @abstractmethod
-    def allocate(self) -> int:
-        """A new, empty sequence."""
+    def allocate(self, tokens: Sequence[int] | Ints | None = None) -> int:
+        """A new sequence.
+
+        It is empty, or begins with what the cache has of the prompt `tokens`, less than all of it: length() tells.
+        """
 
     @abstractmethod
-    def append(self, sequences: Sequence[int], counts: Sequence[int]) -> Placement:
-        """Room for counts[i] new tokens of sequences[i]. CacheFull where there is none."""
+    def append(self, sequences: Sequence[int], counts: Sequence[int], tokens: Ints | None = None) -> Placement:
+        """Room for counts[i] new tokens of sequences[i], each sequence once. CacheFull where there is none.
+
+        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart.
+        """
 
     @abstractmethod
-    def attend(self, layer: int, q: Array, k: Array, v: Array, placement: Placement, scale: float) -> Array:
-        """Write k and v of the new tokens, then attend their q over all keys of their sequences.
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        placement: Placement,
+        scale: float,
+        window: int | None = None,
+        sinks: Float | None = None,
+        softcap: float | None = None,
+    ) -> Array:
+        """Write k and v of the new tokens, then attend their q over the keys of their sequences.
 
-        q: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim). Returns (tokens, heads, head_dim).
+        q: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim). Returns (tokens, heads, head_dim). window,
+        sinks and softcap are those of pace.reference.attend.
         """
 
     @abstractmethod
@@ -97,7 +123,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def free(self, sequence: int) -> None:
-        """Give back all that a sequence holds. Its number is no sequence's from then on."""
+        """Give back all that a sequence holds. Its number may be another's from then on."""
 
     @abstractmethod
     def length(self, sequence: int) -> int:
@@ -105,8 +131,15 @@ class KVCache(ABC):
 
     @abstractmethod
     def tokens_needed(self, num_tokens: int) -> int:
-        """Capacity that a sequence of num_tokens takes, in tokens: they come in blocks."""
+        """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks."""
 
     @abstractmethod
     def stats(self) -> CacheStats:
         """How full the cache is now."""
+
+
+def check_block_tokens(block_tokens: int) -> int:
+    """ValueError unless it is a positive multiple of 16."""
+    if block_tokens < GROUP or block_tokens % GROUP:
+        raise ValueError(f"block_tokens is {block_tokens}; it must be a multiple of {GROUP}")
+    return block_tokens

@@ -101,7 +101,13 @@ KVCacheBytes = Annotated[
         help="Memory for keys and values, such as 4G or 512M; else a quarter of what is free.",
     ),
 ]
-Cache = Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="The cache of keys and values.")]
+Cache = Annotated[
+    str, typer.Option(rich_help_panel=_MACHINE, help="SLAB_POOL, PAGED, BMC or DYNAMIC: how keys and values are kept.")
+]
+BlockTokens = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=_MACHINE, metavar="N", help="The cache's blocks or steps, in tokens: 16, 32, 48, …"),
+]
 Ops = Annotated[
     str | None,
     typer.Option(
@@ -135,6 +141,7 @@ def generate(
     dtype: Dtype = "auto",
     kv_cache_bytes: KVCacheBytes = None,
     cache: Cache = "SLAB_POOL",
+    block_tokens: BlockTokens = None,
     ops: Ops = None,
     threads: Threads = None,
     no_stats: NoStats = False,
@@ -142,7 +149,15 @@ def generate(
     """Complete a prompt, streaming. Only the model's text goes to stdout."""
     params = _sampling(locals())
     text = _read(prompt)
-    llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
+    llm = _load(
+        model,
+        dtype=dtype,
+        kv_cache_bytes=kv_cache_bytes,
+        cache=cache,
+        block_tokens=block_tokens,
+        ops=ops,
+        threads=threads,
+    )
     from .answer import Figures, stream
 
     asked = llm.tokenizer.chat([{"role": "user", "content": text}]) if chat else text
@@ -171,13 +186,22 @@ def chat(
     dtype: Dtype = "auto",
     kv_cache_bytes: KVCacheBytes = None,
     cache: Cache = "SLAB_POOL",
+    block_tokens: BlockTokens = None,
     ops: Ops = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; from a pipe, each line is a message."""
     params = _sampling(locals())
-    llm = _load(model, dtype=dtype, kv_cache_bytes=kv_cache_bytes, cache=cache, ops=ops, threads=threads)
+    llm = _load(
+        model,
+        dtype=dtype,
+        kv_cache_bytes=kv_cache_bytes,
+        cache=cache,
+        block_tokens=block_tokens,
+        ops=ops,
+        threads=threads,
+    )
     from .chat import Chat
 
     Chat(llm, params, system, stats=not no_stats).run()

@@ -33,7 +33,7 @@ class Llama(Model):
         self.dtype = weights.dtype
         self.vocabulary = config.integer("vocab_size")
         self.max_positions = config.integer("max_position_embeddings")
-        self.cache_shape = CacheShape(layers, kv_heads, head_dim, weights.dtype)
+        self.cache_shape = CacheShape(layers, kv_heads, head_dim, weights.dtype, self.max_positions)
         tied = config.flag("tie_word_embeddings", False)
         self.head = weights.lm_head("model.embed_tokens.weight", "lm_head.weight", self.vocabulary, hidden, tied)
         frequencies = RopeParameters.of(config.values).frequencies(head_dim)

@@ -68,7 +68,7 @@ class Scripted(Model):
 
     def __init__(self, script, dtype, prompt_tokens=1):
         self.script, self.prompt_tokens, self.dtype = script, prompt_tokens, dtype
-        self.cache_shape = CacheShape(2, 2, 24, dtype)
+        self.cache_shape = CacheShape(2, 2, 24, dtype, 512)
         self.vocabulary, self.max_positions = VOCABULARY, 512
         self.weight_bytes = self.bytes_per_step = 0
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from pace import LLM, ModelError, SamplingParams, kernels
+from pace.cache import CACHES
 from pace.engine.stopping import TextStream, overlap
 from pace.ops import OperatorConfig, registry
 from tests.kernels.arrays import BF16, F32
@@ -514,24 +515,29 @@ def test_as_many_params_as_prompts(llm):
     assert_refused(ValueError, "there are 2 prompts and 1 sampling_params", llm.generate, ["a", "b"], [GREEDY])
 
 
-def test_a_cache_that_is_too_small(directory, llm):
-    block_bytes = llm.cache.tokens_needed(1) * llm.model.cache_shape.bytes_per_token
-    assert_refused(
-        ValueError, f"kv_cache_bytes is 100; one block .* takes {block_bytes}", LLM, directory, kv_cache_bytes=100
-    )
-    small = LLM(directory, kv_cache_bytes=block_bytes)
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_is_too_small(directory, name):
+    make = partial(LLM, directory, cache=name)
+    large = make(kv_cache_bytes=4 << 20)
+    block_bytes = large.cache.tokens_needed(1) * large.model.cache_shape.bytes_per_token
+    assert_refused(ValueError, f"kv_cache_bytes is 100; one block .* takes {block_bytes}", make, kv_cache_bytes=100)
+    small = make(kv_cache_bytes=block_bytes)
     block = small.cache.tokens_needed(1)
     if block < 512:
         prompt, needed = [5] * block, 2 * block_bytes
         assert_refused(
             ValueError, f"do not fit the cache's {block}: give kv_cache_bytes of {needed}", small.generate, [prompt]
         )
-        assert len(one(LLM(directory, kv_cache_bytes=needed), greedy(max_tokens=1), prompt).token_ids) == 1
+        assert len(one(make(kv_cache_bytes=needed), greedy(max_tokens=1), prompt).token_ids) == 1
 
 
 def test_bad_arguments(directory):
     assert_refused(ValueError, "dtype is 'float64'; it must be auto", LLM, directory, dtype="float64")
-    assert_refused(ValueError, "cache is 'NONE'; it must be SLAB_POOL", LLM, directory, cache="NONE")
+    assert_refused(
+        ValueError, "cache is 'NONE'; it must be SLAB_POOL, PAGED, BMC, DYNAMIC", LLM, directory, cache="NONE"
+    )
+    for block_tokens in (0, 24, -16):
+        assert_refused(ValueError, f"block_tokens is {block_tokens}; it", LLM, directory, block_tokens=block_tokens)
     assert_refused(ValueError, "operator 'nrom' is unknown", LLM, directory, operators={"nrom": "NATIVE"})
 
 
