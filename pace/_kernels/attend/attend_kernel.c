@@ -2,7 +2,10 @@
 #include "simd/math.h"
 #include "store_kv/layout.h"
 
-// Sums of a softmax so far, each row's over its own maximum: (rows), (rows), (rows, padded_dim).
+#define LOG2_E 1.44269504f
+
+// Sums of a softmax so far, each row's over its own maximum, which is in units of log2: (rows), (rows),
+// (rows, padded_dim).
 struct state {
     float *max, *sum, *values;
 };
@@ -14,6 +17,7 @@ struct work {
     const int32_t *table;
     size_t head, rows, head_dim, padded_dim, q_words;
     size_t kv_length;
+    float scale, cap;             // of scores; cap is 0 for none
     size_t begin, end;            // the keys that its rows see, all together
     int32_t *row_begin, *row_end; // and each
     word *q;                      // (rows, q_words), as words of a
@@ -30,13 +34,15 @@ struct rows {
     size_t first, count, begin, end;
 };
 
+#define APART static __attribute__((noinline))
+
 INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 INLINE size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 INLINE __m512 minus_infinity(void) { return _mm512_set1_ps(-__builtin_inff()); }
 INLINE void clear(float *x, size_t n, float value) {
     for (size_t i = 0; i < n; i += 16) _mm512_storeu_ps(x + i, _mm512_set1_ps(value));
 }
-INLINE float exp_of(float x) { return _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(x))); }
+INLINE float exp2_of(float x) { return _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(x))); }
 
 INLINE const word *key_group(const struct work *w, size_t token) {
     const struct kv_blocks *b = &w->a->blocks;
@@ -90,12 +96,12 @@ INLINE struct rows rows_from(const struct work *w, size_t first) {
 }
 
 // scores (rows, STEP) = q · Kᵀ, of the groups of 16 keys [group, end_group) of the step
-INLINE void scores_of_step(const struct work *w, enum kind kind, const struct rows *r, size_t step, size_t group,
-                           size_t end_group, float *scores) {
+INLINE void scores_of_kind(const struct work *w, enum kind kind, const bool FETCH, const struct rows *r, size_t step,
+                           size_t group, size_t end_group, float *scores) {
     struct tile t = {
         .a = w->q + r->first * w->q_words,
-        .a_step = 1,
-        .a_row = w->q_words,
+        .a_step = r->count,
+        .a_row = 1,
         .b_step = GROUP,
         .num_words = words_of(kind, w->head_dim),
     };
@@ -103,7 +109,7 @@ INLINE void scores_of_step(const struct work *w, enum kind kind, const struct ro
         t.b = key_group(w, step);
         t.b_panel = GROUP * t.num_words;
         t.ahead = ahead_of(w, r, key_group, step);
-        sum_tile_of(kind, true, true, 1, ONE_ROW_PANELS, &t, scores, STEP);
+        sum_tile_of(kind, true, FETCH, 1, ONE_ROW_PANELS, &t, scores, STEP);
         return;
     }
     for (; group < end_group; group += 2) {
@@ -114,11 +120,25 @@ INLINE void scores_of_step(const struct work *w, enum kind kind, const struct ro
         for (int panel = 0; panel < (two ? 2 : 1); panel += TILE_PANELS, t.b += t.b_panel) {
             float *to = scores + (group + (size_t)panel) * GROUP;
             if (TILE_PANELS == 2 && two)
-                sum_tile(kind, true, true, r->count, TILE_PANELS, &t, to, STEP);
+                sum_tile(kind, true, FETCH, r->count, TILE_PANELS, &t, to, STEP);
             else
-                sum_tile(kind, true, true, r->count, 1, &t, to, STEP);
+                sum_tile(kind, true, FETCH, r->count, 1, &t, to, STEP);
         }
     }
+}
+
+// Apart from its caller, whose variables would take the tile's registers.
+APART void scores_of_step(const struct work *w, const struct rows *r, size_t step, size_t group, size_t end_group,
+                          float *scores) {
+    const bool fetch = r->first == 0; // later tiles find them in the cache
+    if (w->kind == BF16 && fetch)
+        scores_of_kind(w, BF16, true, r, step, group, end_group, scores);
+    else if (w->kind == BF16)
+        scores_of_kind(w, BF16, false, r, step, group, end_group, scores);
+    else if (fetch)
+        scores_of_kind(w, F32, true, r, step, group, end_group, scores);
+    else
+        scores_of_kind(w, F32, false, r, step, group, end_group, scores);
 }
 
 // Sixteen numerators as words of a; bfloat16 rounds them.
@@ -139,45 +159,45 @@ INLINE __mmask16 lanes(size_t begin, size_t end, size_t key) {
     return before & (__mmask16) ~(begin > key ? first16(begin - key) : 0);
 }
 
-// One row's scores as the softmax takes them; of keys that it does not see, -inf.
+// Sixteen scores of a row as the softmax takes them, times log2(e); of keys that it does not see, -inf.
 INLINE __m512 adjusted(const struct work *w, size_t row, size_t key, __m512 raw) {
-    __m512 s = _mm512_mul_ps(raw, _mm512_set1_ps(w->a->scale));
-    if (w->a->softcap != 0) {
-        const __m512 cap = _mm512_set1_ps(w->a->softcap);
-        s = _mm512_mul_ps(cap, tanh_ps(_mm512_div_ps(s, cap)));
-    }
+    __m512 s = _mm512_mul_ps(raw, _mm512_set1_ps(w->scale));
+    if (w->cap != 0) s = _mm512_mul_ps(_mm512_set1_ps(w->cap), tanh_ps(s));
     const __mmask16 seen = lanes((size_t)w->row_begin[row], (size_t)w->row_end[row], key);
-    return seen == FULL ? s : _mm512_mask_blend_ps(seen, minus_infinity(), s);
+    return _mm512_mask_blend_ps(seen, minus_infinity(), s);
 }
 
 // One step of the online softmax for a row: numerators from scores, of the groups [group, end_group), and what came
-// before rescaled to the new maximum.
-INLINE void soften_row(const struct work *w, enum kind kind, size_t row, const struct state *s, size_t i, size_t step,
-                       size_t group, size_t end_group, float *scores, word *numerators) {
-    __m512 largest = minus_infinity();
-    for (size_t g = group; g < end_group; g++) {
-        const __m512 score = adjusted(w, row, step + g * GROUP, _mm512_loadu_ps(scores + g * GROUP));
-        _mm512_storeu_ps(scores + g * GROUP, score);
-        largest = _mm512_max_ps(score, largest);
+// before rescaled to the new maximum. PLAIN: of all groups, all keys seen, no cap.
+INLINE void soften(const struct work *w, enum kind kind, const bool PLAIN, size_t row, const struct state *state,
+                   size_t i, size_t step, size_t group, size_t end_group, const float *scores, word *numerators) {
+    __m512 s[STEP / GROUP], largest = minus_infinity();
+#pragma GCC unroll 4
+    for (size_t g = 0; g < STEP / GROUP; g++) {
+        if (!PLAIN && (g < group || g >= end_group)) continue;
+        const __m512 raw = _mm512_loadu_ps(scores + g * GROUP);
+        s[g] = PLAIN ? _mm512_mul_ps(raw, _mm512_set1_ps(w->scale)) : adjusted(w, row, step + g * GROUP, raw);
+        largest = _mm512_max_ps(s[g], largest);
     }
-    const float before = s->max[i], here = _mm512_reduce_max_ps(largest), max = here > before ? here : before;
-    const __m512 maximum = _mm512_set1_ps(max);
+    const float before = state->max[i], here = _mm512_reduce_max_ps(largest), max = here > before ? here : before;
+    // A row that has seen no key keeps a maximum of -inf; its differences would be NaN.
+    const __m512 maximum = _mm512_set1_ps(max == -__builtin_inff() ? 0 : max);
     __m512 sum = _mm512_setzero_ps();
-    for (size_t g = group; g < end_group; g++) {
-        // A row that has seen no key keeps a maximum of -inf; its differences would be NaN.
-        const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(scores + g * GROUP), maximum);
-        const __m512 e = max == -__builtin_inff() ? _mm512_setzero_ps() : exp_ps(difference);
+#pragma GCC unroll 4
+    for (size_t g = 0; g < STEP / GROUP; g++) {
+        if (!PLAIN && (g < group || g >= end_group)) continue;
+        const __m512 e = exp2_ps(_mm512_sub_ps(s[g], maximum));
         sum = _mm512_add_ps(sum, e);
         put_numerators(kind, numerators, g * GROUP, e);
     }
     if (max == before) {
-        s->sum[i] += _mm512_reduce_add_ps(sum);
+        state->sum[i] += _mm512_reduce_add_ps(sum);
         return;
     }
-    const float rescale = exp_of(before - max);
-    s->sum[i] = s->sum[i] * rescale + _mm512_reduce_add_ps(sum);
-    s->max[i] = max;
-    float *values = s->values + i * w->padded_dim;
+    const float rescale = exp2_of(before - max);
+    state->sum[i] = state->sum[i] * rescale + _mm512_reduce_add_ps(sum);
+    state->max[i] = max;
+    float *values = state->values + i * w->padded_dim;
     for (size_t d = 0; d < w->padded_dim; d += 16)
         _mm512_storeu_ps(values + d, _mm512_mul_ps(_mm512_loadu_ps(values + d), _mm512_set1_ps(rescale)));
 }
@@ -194,30 +214,42 @@ INLINE void stage_values(const struct work *w, enum kind kind, size_t step, size
     }
 }
 
-// values (rows, head_dim) += numerators · V over `tokens` tokens that lie at v, one word of tokens b_step
-// words apart
-INLINE void accumulate_values(const struct work *w, enum kind kind, size_t rows, float *values, const word *numerators,
-                              const word *v, size_t b_step, size_t tokens, ptrdiff_t ahead) {
-    struct tile t = {
+// values (rows, head_dim) += numerators · V, of the tokens that t tells
+INLINE void values_of_kind(enum kind kind, const bool FETCH, size_t rows, struct tile t, float *values,
+                           size_t padded_dim) {
+    size_t i = 0;
+    if (rows == 1)
+        for (; i + 16 * ONE_ROW_PANELS <= padded_dim; i += 16 * ONE_ROW_PANELS, t.b += 16 * ONE_ROW_PANELS)
+            sum_tile_of(kind, false, FETCH, 1, ONE_ROW_PANELS, &t, values + i, padded_dim);
+    for (; i < padded_dim; i += 16 * TILE_PANELS, t.b += 16 * TILE_PANELS) {
+        if (TILE_PANELS == 2 && i + 16 < padded_dim)
+            sum_tile(kind, false, FETCH, rows, TILE_PANELS, &t, values + i, padded_dim);
+        else
+            sum_tile(kind, false, FETCH, rows, 1, &t, values + i, padded_dim);
+    }
+}
+
+// The same, of `tokens` tokens that lie at v, one word of tokens b_step words apart.
+APART void add_values(const struct work *w, const struct rows *r, const struct state *s, const word *numerators,
+                      const word *v, size_t b_step, size_t tokens, ptrdiff_t ahead) {
+    const struct tile t = {
         .a = numerators,
         .a_step = 1,
         .a_row = STEP,
         .b = v,
         .b_step = b_step,
         .b_panel = 16,
-        .num_words = words_of(kind, tokens),
+        .num_words = words_of(w->kind, tokens),
         .ahead = ahead,
     };
-    size_t i = 0;
-    if (rows == 1)
-        for (; i + 16 * ONE_ROW_PANELS <= w->padded_dim; i += 16 * ONE_ROW_PANELS, t.b += 16 * ONE_ROW_PANELS)
-            sum_tile_of(kind, false, true, 1, ONE_ROW_PANELS, &t, values + i, w->padded_dim);
-    for (; i < w->padded_dim; i += 16 * TILE_PANELS, t.b += 16 * TILE_PANELS) {
-        if (TILE_PANELS == 2 && i + 16 < w->padded_dim)
-            sum_tile(kind, false, true, rows, TILE_PANELS, &t, values + i, w->padded_dim);
-        else
-            sum_tile(kind, false, true, rows, 1, &t, values + i, w->padded_dim);
-    }
+    if (w->kind == BF16 && ahead)
+        values_of_kind(BF16, true, r->count, t, s->values, w->padded_dim);
+    else if (w->kind == BF16)
+        values_of_kind(BF16, false, r->count, t, s->values, w->padded_dim);
+    else if (ahead)
+        values_of_kind(F32, true, r->count, t, s->values, w->padded_dim);
+    else
+        values_of_kind(F32, false, r->count, t, s->values, w->padded_dim);
 }
 
 INLINE void attend_step(const struct work *w, enum kind kind, const struct rows *r, const struct state *s,
@@ -227,22 +259,27 @@ INLINE void attend_step(const struct work *w, enum kind kind, const struct rows 
     const size_t tokens = smaller(end_group * GROUP, w->kv_length - step); // of the last group, those that there are
     float scores[TILE_ROWS * STEP];
     word numerators[TILE_ROWS * STEP];
-    scores_of_step(w, kind, r, step, group, end_group, scores);
-    for (size_t i = 0; i < r->count; i++)
-        soften_row(w, kind, r->first + i, s, i, step, group, end_group, scores + i * STEP, numerators + i * STEP);
+    scores_of_step(w, r, step, group, end_group, scores);
+    for (size_t i = 0; i < r->count; i++) {
+        const size_t row = r->first + i;
+        const bool all = (size_t)w->row_begin[row] <= step && (size_t)w->row_end[row] >= step + STEP;
+        if (all && w->cap == 0)
+            soften(w, kind, true, row, s, i, step, 0, STEP / GROUP, scores + i * STEP, numerators + i * STEP);
+        else
+            soften(w, kind, false, row, s, i, step, group, end_group, scores + i * STEP, numerators + i * STEP);
+    }
     const word *from = numerators + group * a_words_of(kind, GROUP);
     if (w->head_dim != w->padded_dim || (kind == BF16 && tokens % 2)) {
         stage_values(w, kind, step, first, tokens);
         const word *v = w->staged + words_of(kind, first) * w->padded_dim;
-        accumulate_values(w, kind, r->count, s->values, from, v, w->padded_dim, tokens - first, 0);
+        add_values(w, r, s, from, v, w->padded_dim, tokens - first, 0);
     } else if (is_one_run(w, w->a->blocks.v_strides, step)) {
         const word *v = value_group(w, step + first);
-        accumulate_values(w, kind, r->count, s->values, from, v, w->head_dim, tokens - first,
-                          ahead_of(w, r, value_group, step + first));
+        add_values(w, r, s, from, v, w->head_dim, tokens - first, ahead_of(w, r, value_group, step + first));
     } else {
         for (size_t token = first; token < tokens; token += GROUP, from += a_words_of(kind, GROUP))
-            accumulate_values(w, kind, r->count, s->values, from, value_group(w, step + token), w->head_dim,
-                              smaller(tokens - token, GROUP), ahead_of(w, r, value_group, step + token));
+            add_values(w, r, s, from, value_group(w, step + token), w->head_dim, smaller(tokens - token, GROUP),
+                       ahead_of(w, r, value_group, step + token));
     }
 }
 
@@ -265,7 +302,7 @@ INLINE void merge_split(const struct work *w, struct state total, struct state s
     for (size_t row = 0; row < rows; row++) {
         const float max = split.max[row] > total.max[row] ? split.max[row] : total.max[row];
         if (max == -__builtin_inff()) continue;
-        const float before = exp_of(total.max[row] - max), now = exp_of(split.max[row] - max);
+        const float before = exp2_of(total.max[row] - max), now = exp2_of(split.max[row] - max);
         float *sums = total.values + row * w->padded_dim;
         const float *values = split.values + row * w->padded_dim;
         for (size_t i = 0; i < w->padded_dim; i += 16) {
@@ -283,9 +320,9 @@ INLINE void write_rows(const struct work *w, enum kind kind, size_t first_query)
         const size_t token = first_query + row / group, head = w->head * group + row % group;
         float sum = w->total.sum[row], weight = 1;
         if (w->a->sinks) { // a last split of one key without a value
-            const float sink = w->a->sinks[head], seen = w->total.max[row], max = sink > seen ? sink : seen;
-            weight = exp_of(seen - max);
-            sum = sum * weight + exp_of(sink - max);
+            const float sink = w->a->sinks[head] * LOG2_E, seen = w->total.max[row], max = sink > seen ? sink : seen;
+            weight = exp2_of(seen - max);
+            sum = sum * weight + exp2_of(sink - max);
         }
         void *out = at_mut(kind, w->a->out, (token * heads + head) * w->head_dim);
         const __m512 inverse = _mm512_set1_ps(weight / sum);
@@ -307,6 +344,17 @@ INLINE void lay_out(struct work *w, void *scratch) {
     w->tile = state_at(TAKE(attend_state_floats(16, w->head_dim)), 16);
     w->staged = (word *)TAKE(STEP * w->padded_dim);
 #undef TAKE
+}
+
+// A tile's rows stand word by word beside each other.
+INLINE void put_queries(const struct work *w, enum kind kind, size_t first_query) {
+    const struct attend_args *a = w->a;
+    for (size_t row = 0; row < w->rows; row++) {
+        const size_t first = row / TILE_ROWS * TILE_ROWS, count = smaller(w->rows - first, TILE_ROWS);
+        const char *token = (const char *)a->q + (first_query + row / a->group) * a->q_stride;
+        put_a(kind, w->q + first * w->q_words + row % TILE_ROWS, count,
+              at(kind, token, (w->head * a->group + row % a->group) * w->head_dim), w->head_dim);
+    }
 }
 
 // A tile's rows over the keys of a split.
@@ -332,14 +380,12 @@ INLINE void attend_item(const struct attend_args *a, enum kind kind, const struc
         .padded_dim = attend_padded(head_dim),
         .q_words = a_words_of(kind, head_dim),
         .kv_length = (size_t)a->kv_lengths[s],
+        .scale = a->softcap == 0 ? a->scale * LOG2_E : a->scale / a->softcap,
+        .cap = a->softcap * LOG2_E,
     };
     lay_out(&w, scratch);
     find_keys(&w, first_query, w.kv_length - (size_t)a->query_starts[s + 1] + first_query);
-    for (size_t row = 0; row < w.rows; row++) {
-        const char *token = (const char *)a->q + (first_query + row / a->group) * a->q_stride;
-        put_a(kind, w.q + row * w.q_words, 1, at(kind, token, (w.head * a->group + row % a->group) * head_dim),
-              head_dim);
-    }
+    put_queries(&w, kind, first_query);
     const size_t state_floats = attend_state_floats(w.rows, head_dim);
     begin_state(&w, &w.total, w.rows);
     for (size_t split = (size_t)item->begin_split; split < (size_t)item->end_split; split++) {

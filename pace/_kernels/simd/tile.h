@@ -49,7 +49,7 @@ struct tile {
     const word *b;
     size_t b_step, b_panel; // words from one k to the next, from one panel to the next
     size_t num_words;       // words of b along k
-    ptrdiff_t ahead;        // with FETCH: bytes from b to what will be read soon
+    ptrdiff_t ahead;        // bytes from b to what is to be fetched meanwhile; with FETCH
 };
 
 // acc[r][p] += a[r] · column[p], of float32
