@@ -15,7 +15,7 @@ struct work {
     const struct attend_args *a;
     enum kind kind;
     const int32_t *table;
-    size_t head, rows, head_dim, padded_dim, q_words;
+    size_t head, rows, tile_rows, head_dim, padded_dim, q_words;
     size_t kv_length;
     float scale, cap;             // of scores; cap is 0 for none
     size_t begin, end;            // the keys that its rows see, all together
@@ -86,8 +86,14 @@ INLINE void find_keys(struct work *w, size_t first_query, size_t first_position)
     }
 }
 
+// As many as fill their registers, but no tile much fuller than another: one of few rows waits for its own sums.
+INLINE size_t tile_rows_of(size_t rows) {
+    const size_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    return (rows + tiles - 1) / tiles;
+}
+
 INLINE struct rows rows_from(const struct work *w, size_t first) {
-    struct rows r = {first, smaller(w->rows - first, TILE_ROWS), SIZE_MAX, 0};
+    struct rows r = {first, smaller(w->rows - first, w->tile_rows), SIZE_MAX, 0};
     for (size_t i = first; i < first + r.count; i++) {
         r.begin = smaller(r.begin, (size_t)w->row_begin[i]);
         r.end = larger(r.end, (size_t)w->row_end[i]);
@@ -350,9 +356,9 @@ INLINE void lay_out(struct work *w, void *scratch) {
 INLINE void put_queries(const struct work *w, enum kind kind, size_t first_query) {
     const struct attend_args *a = w->a;
     for (size_t row = 0; row < w->rows; row++) {
-        const size_t first = row / TILE_ROWS * TILE_ROWS, count = smaller(w->rows - first, TILE_ROWS);
+        const size_t first = row - row % w->tile_rows, count = smaller(w->rows - first, w->tile_rows);
         const char *token = (const char *)a->q + (first_query + row / a->group) * a->q_stride;
-        put_a(kind, w->q + first * w->q_words + row % TILE_ROWS, count,
+        put_a(kind, w->q + first * w->q_words + row - first, count,
               at(kind, token, (w->head * a->group + row % a->group) * w->head_dim), w->head_dim);
     }
 }
@@ -383,13 +389,14 @@ INLINE void attend_item(const struct attend_args *a, enum kind kind, const struc
         .scale = a->softcap == 0 ? a->scale * LOG2_E : a->scale / a->softcap,
         .cap = a->softcap * LOG2_E,
     };
+    w.tile_rows = tile_rows_of(w.rows);
     lay_out(&w, scratch);
     find_keys(&w, first_query, w.kv_length - (size_t)a->query_starts[s + 1] + first_query);
     put_queries(&w, kind, first_query);
     const size_t state_floats = attend_state_floats(w.rows, head_dim);
     begin_state(&w, &w.total, w.rows);
     for (size_t split = (size_t)item->begin_split; split < (size_t)item->end_split; split++) {
-        for (size_t row = 0; row < w.rows; row += TILE_ROWS) {
+        for (size_t row = 0; row < w.rows; row += w.tile_rows) {
             const struct rows r = rows_from(&w, row);
             if (item->num_splits) {
                 float *memory = item->partials + (split - (size_t)item->first_split) * state_floats;
