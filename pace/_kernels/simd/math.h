@@ -30,12 +30,11 @@ INLINE __m512 exp_ps(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// 2^x within 1 ulp for x ≤ 0, as a softmax asks for: 0 from -150 down. 2^x = 2^n · 2^r with n = round(x), |r| ≤ 1/2, and
-// the polynomial that comes closest to 2^r there, 1 at 0.
+// 2^x within 1 ulp for x ≤ 0, as a softmax asks for: 0 below -125. 2^x = 2^n · 2^r with n = round(x), |r| ≤ 1/2, and the
+// polynomial that comes closest to 2^r there, 1 at 0.
 INLINE __m512 exp2_ps(__m512 x) {
-    const __m512 held = _mm512_max_ps(_mm512_set1_ps(-160.f), x);
-    const __m512 n = _mm512_roundscale_ps(held, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(held, n);
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, n);
     __m512 p = _mm512_set1_ps(1.5353361960e-04f);
     p = horner(p, r, 1.3398875017e-03f);
     p = horner(p, r, 9.6184369177e-03f);
@@ -43,7 +42,7 @@ INLINE __m512 exp2_ps(__m512 x) {
     p = horner(p, r, 2.4022647738e-01f);
     p = horner(p, r, 6.9314718246e-01f);
     p = horner(p, r, 1.f);
-    return _mm512_scalef_ps(p, n);
+    return scale_from(-125.f, x, p, n);
 }
 
 // 1 / (1 + e^-x) within 2.5 ulp; 0 where e^-x overflows.

@@ -293,3 +293,14 @@ INLINE pair_ps pair_scalef_ps(pair_ps a, pair_ps n) {
     return (pair_ps){{scalef_half(a.half[0], n.half[0]), scalef_half(a.half[1], n.half[1])}};
 }
 #define _mm512_scalef_ps pair_scalef_ps
+
+// p·2^n for p near 1 and integral n from -125 to 125, added to the exponent; 0 where x < least.
+INLINE pair_ps scale_from(float least, pair_ps x, pair_ps p, pair_ps n) {
+    pair_ps r;
+    for (int i = 0; i < 2; i++) {
+        const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.half[i]), 23);
+        const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.half[i]), exponent));
+        r.half[i] = _mm256_and_ps(scaled, _mm256_cmp_ps(x.half[i], _mm256_set1_ps(least), _CMP_NLT_UQ));
+    }
+    return r;
+}
