@@ -67,9 +67,9 @@ class BlockCache(KVCache):
         return self._num_free * self.block_tokens
 
     def _take(self, count: int) -> Ints:
-        """That many blocks, which there are."""
+        """That many blocks, which there are. It is a view of the free stack, good until blocks are given back."""
         self._num_free -= count
-        return self._free[self._num_free : self._num_free + count][::-1].copy()
+        return self._free[self._num_free : self._num_free + count][::-1]
 
     def _give(self, blocks: Ints) -> None:
         """Blocks of one sequence back, in its order."""
@@ -222,7 +222,7 @@ class BlockCache(KVCache):
         width = int(more.max())
         self._widen_tables(int(held.max()) + width)
         first = more.cumsum() - more
-        padded = np.append(blocks, np.zeros(width, np.int32))
+        padded = np.concatenate((blocks, np.zeros(width, np.int32)))
         _windows(self._tables.reshape(-1), width)[rows * self._tables.shape[1] + held] = _windows(padded, width)[first]
 
     def _place(self, rows: Longs, added: Longs, lengths: Longs) -> Placement:
