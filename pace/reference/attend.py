@@ -35,10 +35,10 @@ def attend(
     softcap · tanh(s / softcap) (Gemma 2, 2024). sinks: (heads,) float32, the score of a key more, that has no value
     (Xiao et al., 2023, as in GPT-OSS): it takes its part of the softmax.
 
-    k_blocks, v_blocks: as store_kv writes them, of q's dtype; what lies outside of all that is seen is not read.
-    block_tables: (sequences, blocks) int32 C-contiguous. query_starts: (sequences + 1,) int32, from 0 to tokens.
-    kv_lengths: (sequences,) int32. Returns (tokens, heads, head_dim) of q's dtype, C-contiguous, in `out` where it is
-    given.
+    k_blocks, v_blocks: as store_kv writes them, of q's dtype; groups of 16 tokens of which none is seen are not read,
+    nor is what lies past a sequence's end. block_tables: (sequences, blocks) int32 C-contiguous. query_starts:
+    (sequences + 1,) int32, from 0 to tokens. kv_lengths: (sequences,) int32. Returns (tokens, heads, head_dim) of q's
+    dtype, C-contiguous, in `out` where it is given.
 
     Scores, softmax and sums in float32; with bfloat16, the softmax's numerators are rounded to bfloat16 before they
     multiply V (their sum is of the unrounded ones). One rounding, to q's dtype, at the end. The native form runs the
