@@ -1,5 +1,6 @@
 """Masks by what they say: found again, in bounded memory, and left alone while they are read."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -168,7 +169,16 @@ def test_not_for_writing():
             mask[0, 0] = False
 
 
-def test_several_threads():
+@pytest.fixture
+def restless():
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_several_threads(restless):
     """More masks than there is room for; what a thread reads is never another mask meanwhile."""
     cache = MaskCache(400)
     requests = [(first, 2, 40, window, None) for first in range(8) for window in (None, 3)]
@@ -183,6 +193,6 @@ def test_several_threads():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(4)))
-    assert cache.used_bytes <= 400
+    assert cache.used_bytes == sum(kept.memory.nbytes for kept in cache._kept.values()) <= 400
     assert all(kept.readers == 0 for kept in cache._kept.values())
     assert cache.hits + cache.misses == 1200

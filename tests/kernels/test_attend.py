@@ -149,7 +149,7 @@ def test_every_path_takes_all_of_it(native, path, window, sinks, softcap, spans,
     assert_close(actual, attend(*case.arguments(), **seen), **TOLERANCE[kind])
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     sequences=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 100)), min_size=1, max_size=5),
     kv_heads=st.integers(1, 3),
@@ -168,7 +168,7 @@ def test_twins_agree_on_what_is_drawn(
     native, sequences, kv_heads, group, head_dim, block_tokens, layout, kind, window, sinks, softcap, spans, count
 ):
     heads = kv_heads * group
-    most = 1 + 2**15 // (heads * head_dim)  # queries, for the sake of the emulated CPU
+    most = 1 + 2**14 // (heads * head_dim)  # queries, for the sake of the emulated CPU
     sequences = [(min(queries, most), min(queries, most) + before) for queries, before in sequences]
     case = Case(2, sequences, heads, kv_heads, head_dim, kind, block_tokens, layout)
     seen = {
@@ -212,7 +212,7 @@ shapes = {
 FORMULA = {"rtol": 1e-5, "atol": 2e-6}
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(**shapes)
 def test_reference_equals_torch(count, before, kv_heads, group, head_dim, layout, window, spans):
     torch = pytest.importorskip("torch")
@@ -225,7 +225,7 @@ def test_reference_equals_torch(count, before, kv_heads, group, head_dim, layout
     np.testing.assert_allclose(actual, expected.transpose(0, 1).numpy(), **FORMULA)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     **shapes,
     sinks=st.lists(st.sampled_from([0.0, -3.0, 1.0, 4.0, -np.inf]), min_size=12, max_size=12),
@@ -253,7 +253,10 @@ SLOW = pytest.mark.native_speed
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("head_dim", "limits"), [pytest.param(64, {}, marks=SLOW), (40, {}), (64, LIMITED)])
+@pytest.mark.parametrize(
+    ("head_dim", "limits"),
+    [pytest.param(64, {}, marks=SLOW), pytest.param(40, {}, marks=SLOW), (64, LIMITED), (40, LIMITED)],
+)
 def test_bits_do_not_depend_on_batch_chunks_blocks_or_threads(native, kind, head_dim, limits):
     """One prompt whole, in chunks of 7, and a token at a time; in other blocks, among others, on other threads."""
     length = 600
@@ -281,7 +284,7 @@ def test_bits_do_not_depend_on_batch_chunks_blocks_or_threads(native, kind, head
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("limits", [{}, LIMITED], ids=["all", "limited"])
-@pytest.mark.parametrize(("length", "before"), [(160, 0), (1120, 1024)])
+@pytest.mark.parametrize(("length", "before"), [(160, 0), (1120, 1056)])
 def test_bits_of_chunks_that_hold_whole_spans(native, kind, limits, length, before):
     """In chunks of 32, spans of up to 32; with keys that are divided over threads, and one among them that is far."""
     whole = Case(9, [(length - before, length)], head_dim=32, kind=kind)
