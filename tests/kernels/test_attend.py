@@ -124,7 +124,10 @@ PATHS = {
     "ragged": (2, [(1, 1), (5, 5), (0, 40), (1, 65), (17, 40)]),
     "one query, divided keys": (3, [(1, 600)]),
     "ragged, divided keys": (3, [(1, 3), (2, 1100)]),
+    # Of the first nine queries, which are an item, windows begin in two splits, and spans end in the next.
+    "items across splits": (1, [(12, 1300), (12, 515)]),
 }
+SLOW = pytest.mark.native_speed
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -132,7 +135,9 @@ PATHS = {
 @pytest.mark.parametrize("softcap", [None, 1.5], ids="softcap={}".format)
 @pytest.mark.parametrize("sinks", [None, 0.0, SINKS], ids=["no sinks", "sinks of 0", "sinks"])
 @pytest.mark.parametrize("window", [None, 1, 0.6, 10_000], ids="window={}".format)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=SLOW if path == "items across splits" else ()) for path in PATHS]
+)
 def test_every_path_takes_all_of_it(native, path, window, sinks, softcap, spans, kind):
     """window: 0.6 of the longest sequence; spans of most of it: across steps, and splits where keys are divided."""
     count, sequences = PATHS[path]
@@ -249,7 +254,6 @@ def test_reference_equals_the_formula(
 
 
 LIMITED = {"window": 90, "sinks": np.array([0.0, -1.0, 2.0, -np.inf], np.float32), "softcap": 2.0}
-SLOW = pytest.mark.native_speed
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -341,7 +345,7 @@ def test_what_nobody_sees_is_not_read(native, kind, layout, queries, keys, windo
         assert_close(actual, expected, **TOLERANCE[kind])
 
 
-@pytest.mark.native_speed
+@SLOW
 @pytest.mark.parametrize("block_tokens", [256, 1 << 17])
 def test_128k_tokens_over_8_gib(native, block_tokens):
     """Blocks, and the groups of one block, so far apart that a pool spans more than 32 bits of bytes."""
