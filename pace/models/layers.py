@@ -24,17 +24,30 @@ class SelfAttention:
     """Fused QKV projection, rotary positions, the cache, the output projection."""
 
     def __init__(
-        self, qkv: Linear, out: Linear, rope: RoPE, heads: int, kv_heads: int, head_dim: int, scale: float
+        self,
+        qkv: Linear,
+        out: Linear,
+        rope: RoPE,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        *,
+        window: int | None = None,
+        sinks: Float | None = None,
+        softcap: float | None = None,
     ) -> None:
+        """scale, window, sinks and softcap are those of pace.reference.attend."""
         self.qkv, self.out, self.rope = qkv, out, rope
-        self.heads, self.kv_heads, self.head_dim, self.scale = heads, kv_heads, head_dim, scale
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.scale, self.window, self.sinks, self.softcap = scale, window, sinks, softcap
 
     def __call__(self, x: Array, layer: int, placement: Placement, cache: KVCache) -> Array:
         tokens = len(x)
         qkv = self.qkv(x).reshape(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = np.split(qkv, (self.heads, self.heads + self.kv_heads), axis=1)
         self.rope(q, k, placement.positions)
-        attended = cache.attend(layer, q, k, v, placement, self.scale)
+        attended = cache.attend(layer, q, k, v, placement, self.scale, self.window, self.sinks, self.softcap)
         return self.out(attended.reshape(tokens, -1))
 
 

@@ -35,10 +35,10 @@ def attend(
     softcap · tanh(s / softcap) (Gemma 2, 2024). sinks: (heads,) float32, the score of a key more, that has no value
     (Xiao et al., 2023, as in GPT-OSS): it takes its part of the softmax.
 
-    k_blocks, v_blocks: as store_kv writes them, of q's dtype; what lies outside of all that is seen is not read.
-    block_tables: (sequences, blocks) int32 C-contiguous. query_starts: (sequences + 1,) int32, from 0 to tokens.
-    kv_lengths: (sequences,) int32. Returns (tokens, heads, head_dim) of q's dtype, C-contiguous, in `out` where it is
-    given.
+    k_blocks, v_blocks: as store_kv writes them, of q's dtype; groups of 16 tokens of which none is seen are not read,
+    nor is what lies past a sequence's end. block_tables: (sequences, blocks) int32 C-contiguous. query_starts:
+    (sequences + 1,) int32, from 0 to tokens. kv_lengths: (sequences,) int32. Returns (tokens, heads, head_dim) of q's
+    dtype, C-contiguous, in `out` where it is given.
 
     Scores, softmax and sums in float32; with bfloat16, the softmax's numerators are rounded to bfloat16 before they
     multiply V (their sum is of the unrounded ones). One rounding, to q's dtype, at the end. The native form runs the
@@ -68,24 +68,23 @@ def attend(
         count = queries.stop - queries.start
         if count == 0:
             continue
-        keys, values = gather(k_blocks, v_blocks, block_tables[s], length)
         span = None if spans is None else spans[queries]
         with MASKS.mask(int(length) - count, count, int(length), window, span) as mask:
-            out[queries] = attend_one(q[queries], keys, values, mask, scale, sinks, softcap)
+            seen = np.flatnonzero(mask.any(axis=0))
+            keys, values = gather(k_blocks, v_blocks, block_tables[s], seen)
+            out[queries] = attend_one(q[queries], keys, values, mask[:, seen], scale, sinks, softcap)
     return out
 
 
 def attend_one(
     q: Array, keys: Float, values: Float, mask: Array, scale: float, sinks: Array | None, softcap: float | None
 ) -> Array:
-    """Of one sequence: q (count, heads, head_dim); keys, values (length, kv_heads, head_dim); mask (count, length)."""
-    seen = mask.any(axis=0)
-    keys, values = keys[seen], values[seen]
+    """Of one sequence: q (count, heads, head_dim); keys, values (seen, kv_heads, head_dim); mask (count, seen)."""
     grouped = f32(q).reshape(len(q), keys.shape[1], -1, q.shape[2])
     scores = np.einsum("qhgd,khd->hgqk", grouped, keys) * np.float32(scale)
     if softcap is not None:
         scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
-    scores = np.where(mask[:, seen], scores, -np.inf)
+    scores = np.where(mask, scores, -np.inf)
     largest = scores.max(axis=-1, keepdims=True)
     sink = np.full(q.shape[1], -np.inf, float32) if sinks is None else sinks
     sink = sink.reshape(*scores.shape[:2], 1)
@@ -152,16 +151,11 @@ def check_what_is_seen(
                 )
 
 
-def gather(k_blocks: Array, v_blocks: Array, table: Array, length: int) -> tuple[Float, Float]:
-    """Keys and values of one sequence, each (length, kv_heads, head_dim); of what nobody sees, whatever is there."""
-    k = f32(k_blocks[table[: -(-length // (k_blocks.shape[2] * GROUP))]])
-    v = f32(v_blocks[table[: -(-length // (v_blocks.shape[2] * GROUP))]])
-    kv_heads = k.shape[1]
+def gather(k_blocks: Array, v_blocks: Array, table: Array, positions: Array) -> tuple[Float, Float]:
+    """Keys and values of one sequence's tokens, each (positions, kv_heads, head_dim), as store_kv put them there."""
+    index, offset = np.divmod(positions, k_blocks.shape[2] * GROUP)
+    block, (group, lane) = table[index], np.divmod(offset, GROUP)
+    k = k_blocks[block, :, group, :, lane]
     if k_blocks.dtype == bfloat16:
-        k = k.transpose(0, 2, 4, 1, 3, 5)
-        v = v.transpose(0, 2, 3, 5, 1, 4)
-    else:
-        k = k.transpose(0, 2, 4, 1, 3)
-        v = v.transpose(0, 2, 3, 1, 4)
-    head_dim = v.shape[-1]
-    return k.reshape(-1, kv_heads, head_dim)[:length], v.reshape(-1, kv_heads, head_dim)[:length]
+        return f32(k.reshape(*k.shape[:2], -1)), f32(v_blocks[block, :, group, lane // 2, :, lane % 2])
+    return f32(k), f32(v_blocks[block, :, group, lane])

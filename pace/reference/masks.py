@@ -31,26 +31,17 @@ def visible_keys(first: int, count: int, window: int | None, spans: Array | None
 
 @dataclass
 class _Kept:
-    memory: Mask  # flat, at least as large as the mask
-    shape: tuple[int, int]
+    mask: Mask
+    memory: Mask  # flat, as large as the mask or larger
     readers: int = 0
-
-    @property
-    def mask(self) -> Mask:
-        return self.memory[: self.shape[0] * self.shape[1]].reshape(self.shape)
-
-    @property
-    def read_only(self) -> Mask:
-        mask = self.mask
-        mask.flags.writeable = False
-        return mask
 
 
 class MaskCache:
     """Masks, (queries, keys) of bool, by what they say: every layer of a step asks for the same ones.
 
-    The least recently used give up their memory, to the next mask that it is large enough for, so that all together
-    take at most `max_bytes`. A mask larger than that is made for its reader alone. For use from several threads.
+    All together take at most `max_bytes`: the least recently used give way, and leave their memory to the new one where
+    that fills at least half of it. One that finds no room beside those being read is made for its reader alone. For use
+    from several threads.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -71,7 +62,7 @@ class MaskCache:
             if kept is None:
                 self.misses += 1
                 kept = self._make(first, count, length, window, spans)
-                if kept.memory.nbytes <= self.max_bytes - self.used_bytes:
+                if self._has_room(kept.memory.nbytes):
                     self._kept[key] = kept
                     self.used_bytes += kept.memory.nbytes
             else:
@@ -79,26 +70,32 @@ class MaskCache:
                 self._kept.move_to_end(key)
             kept.readers += 1
         try:
-            yield kept.read_only
+            yield kept.mask
         finally:
             with self._lock:
                 kept.readers -= 1
 
     def _make(self, first: int, count: int, length: int, window: int | None, spans: Array | None) -> _Kept:
-        kept = _Kept(self._memory(count * length), (count, length))
+        memory = self._memory(count * length)
+        mask = memory[: count * length].reshape(count, length)
         begin, end = visible_keys(first, count, window, spans)
         keys = np.arange(length)
-        np.logical_and(begin[:, None] <= keys, keys < end[:, None], out=kept.mask)
-        return kept
+        np.less_equal(begin[:, None], keys, out=mask)
+        mask &= keys < end[:, None]
+        mask.flags.writeable = False
+        return _Kept(mask, memory)
 
-    def _memory(self, size: int) -> Mask:
-        """New, or that of a mask that has to give way: the oldest first, and none that is being read."""
-        memory = np.empty(0, np.bool_)
-        for key, kept in list(self._kept.items()):
-            if size > self.max_bytes or self.used_bytes + size <= self.max_bytes:
+    def _memory(self, num_bytes: int) -> Mask:
+        """For a mask of that size: one's that had to give way, or new."""
+        idle = [key for key, kept in self._kept.items() if kept.readers == 0]  # the least recently used first
+        for key in idle if num_bytes <= self.max_bytes else []:
+            if self._has_room(num_bytes):
                 break
-            if kept.readers == 0:
-                del self._kept[key]
-                self.used_bytes -= kept.memory.nbytes
-                memory = kept.memory if kept.memory.size >= size else memory
-        return memory if memory.size >= size else np.empty(size, np.bool_)
+            memory = self._kept.pop(key).memory
+            self.used_bytes -= memory.nbytes
+            if num_bytes <= memory.nbytes <= 2 * num_bytes:
+                return memory
+        return np.empty(num_bytes, np.bool_)
+
+    def _has_room(self, num_bytes: int) -> bool:
+        return self.used_bytes + num_bytes <= self.max_bytes

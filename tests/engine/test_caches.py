@@ -1,5 +1,7 @@
 """Every cache gives a model the same bits: answers through the engine, and logits through a life of one sequence."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -11,21 +13,38 @@ from tests.kernels.arrays import threads
 from .fakes import VOCABULARY, write_model
 from .test_engine import answers, requests, with_engine
 
-MODELS = {"full": {}}  # what changes in the configuration
+# What every other layer sees.
+MODELS = {
+    "full": {},
+    "window and sinks": {"window": 20, "sinks": np.array([0.0, -1.0, 2.0, 0.5, -np.inf, 0.0], np.float32)},
+}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_model(path, **MODELS[request.param])
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_model(path)
     return path
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def load(request, path):
+    """An LLM of the model, with whatever is its own."""
+
+    def load(*args):
+        llm = LLM(path, *args)
+        for layer in llm.model.layers[::2]:
+            vars(layer.attention).update(MODELS[request.param])
+        return llm
+
+    return load
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def llms(request, model):
-    """An LLM for each cache and block size."""
+def llms(request, load):
+    """One for each cache and block size."""
     return {
-        (name, block_tokens): LLM(model, request.param, 16 << 20, name, block_tokens)
+        (name, block_tokens): load(request.param, 16 << 20, name, block_tokens)
         for name in CACHES
         for block_tokens in (None, 16)
     }
@@ -48,14 +67,14 @@ def test_answers(llms, rung):
         assert llm.cache.stats().used_bytes == 0
 
 
-def test_more_than_the_cache_holds_at_once(model, llms, rung):
+def test_more_than_the_cache_holds_at_once(load, llms, rung):
     """Who is admitted has room to the end, however a cache rounds up."""
     prompts, params = requests()
     expected = answers(next(iter(llms.values())).generate(prompts, params))
     dtype = str(next(iter(llms.values())).model.dtype)
     for name in CACHES:
         least = llms[name, 16].cache.tokens_needed(312) * llms[name, 16].model.cache_shape.bytes_per_token
-        small = LLM(model, dtype, least, name, 16)
+        small = load(dtype, least, name, 16)
         assert answers(small.generate(prompts, params)) == expected
         assert small.cache.stats().used_bytes == 0
 
@@ -87,6 +106,20 @@ def life(llm, cache):
     forward((again, slice(0, 101)))
     assert np.array_equal(found[-1][-1:], found[2])  # what a prompt gave in pieces, and gives whole
     return found
+
+
+def test_models_differ(path):
+    """Each of what a layer may be given counts."""
+    tokens = np.arange(3, 103, dtype=np.int32)
+    given = [{}, {"window": 20}, {"sinks": np.zeros(6, np.float32)}, {"softcap": 1.0}]
+    found = []
+    for limits in given:
+        llm = LLM(path, "float32", 16 << 20)
+        for layer in llm.model.layers[::2]:
+            vars(layer.attention).update(limits)
+        placement = llm.cache.append([llm.cache.allocate()], [len(tokens)])
+        found.append(llm.model.logits(llm.model.forward(tokens, placement, llm.cache)[-1:]))
+    assert all(not np.array_equal(a, b) for a, b in combinations(found, 2))
 
 
 def test_logits(llms, rung):

@@ -28,7 +28,7 @@ def test_twins_write_the_same_bits_to_their_slots_only(native, kind, head_dim):
     store_kv(k, v, twin_k, twin_v, slots)
     assert np.array_equal(k_blocks, twin_k)
     assert np.array_equal(v_blocks, twin_v)
-    keys, values = gather(k_blocks, v_blocks, np.arange(5), 160)
+    keys, values = gather(k_blocks, v_blocks, np.arange(5), np.arange(160))
     assert np.array_equal(keys[slots], k.astype(np.float32))
     assert np.array_equal(values[slots], v.astype(np.float32))
     assert (np.delete(keys, slots, axis=0) == 7).all()
@@ -38,7 +38,7 @@ def test_takes_views_into_a_fused_projection(native):
     k, v, k_blocks, v_blocks, slots = case(BF16)
     fused = np.concatenate([k, v], axis=1)
     native("store_kv")(fused[:, :3], fused[:, 3:], k_blocks, v_blocks, slots)
-    keys, values = gather(k_blocks, v_blocks, np.arange(5), 160)
+    keys, values = gather(k_blocks, v_blocks, np.arange(5), np.arange(160))
     assert np.array_equal(keys[slots], k.astype(np.float32))
     assert np.array_equal(values[slots], v.astype(np.float32))
 
@@ -46,7 +46,7 @@ def test_takes_views_into_a_fused_projection(native):
 def test_long_long_slots_and_no_token(native):
     k, v, k_blocks, v_blocks, slots = case(F32)
     native("store_kv")(k, v, k_blocks, v_blocks, slots.astype(np.longlong))
-    keys, _ = gather(k_blocks, v_blocks, np.arange(5), 160)
+    keys, _ = gather(k_blocks, v_blocks, np.arange(5), np.arange(160))
     assert np.array_equal(keys[slots], k)
     for form in (native("store_kv"), store_kv):
         form(k[:0], v[:0], k_blocks[:0], v_blocks[:0], slots[:0])
