@@ -5,6 +5,7 @@ the same throughout.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,26 +42,33 @@ def _draw_decode(figures: "Sequence[Figure]", path: Path) -> None:
     panels = _panels(len(groups), "keys of the sequence", "GB/s of keys and values")
     for axes, group in zip(panels, groups, strict=True):
         shown = [each for each in figures if each.group == group]
-        _curves(axes, shown, lambda each: each.shares["read"] * limit)
+        _curves(axes, shown, partial(_height, "read", limit))
+        axes.set_ylim(0, 1.12 * limit / 1e9)
         _line(axes, limit, "read bandwidth")
         axes.set_title(f"{group} query head{'s' * (group > 1)} a key head", fontsize=10)
-        axes.set_ylim(0, 1.12 * limit / 1e9)
     _finish(panels, path)
 
 
 def _draw_prefill(figures: "Sequence[Figure]", path: Path) -> None:
     dtypes = sorted({each.dtype for each in figures})
     panels = _panels(len(dtypes), "tokens of the prompt", "GFLOP/s, causal pairs counted once")
+    fma = _limit(figures, "fma")
+    highest = max(_limit(figures, name) for name in ("fma", "dot"))
     for axes, dtype in zip(panels, dtypes, strict=True):
+        axes.set_ylim(0, 1.1 * highest / 1e9)
         shown = [each for each in figures if each.dtype == dtype]
-        fma = _limit(figures, "fma")
-        _curves(axes, shown, lambda each, fma=fma: each.shares["fma"] * fma)
+        own = "dot" if "dot" in shown[0].shares else "fma"
+        peak = _limit(shown, own)
+        _curves(axes, shown, partial(_height, own, peak))
         _line(axes, fma, "float32 FMA peak")
-        if "dot" in shown[0].shares:
-            _line(axes, _limit(shown, "dot"), "bfloat16 peak")
+        if own == "dot":
+            _line(axes, peak, "bfloat16 peak")
         axes.set_title(dtype, fontsize=10)
-        axes.set_ylim(0, None)
     _finish(panels, path)
+
+
+def _height(name: str, limit: float, figure: "Figure") -> float:
+    return figure.shares[name] * limit
 
 
 def _limit(figures: "Sequence[Figure]", name: str) -> float:
@@ -94,9 +102,8 @@ def _curves(axes: Any, figures: "Sequence[Figure]", height: "Callable[[Figure], 
 
 def _line(axes: Any, limit: float, name: str) -> None:
     axes.axhline(limit / 1e9, color="black", linestyle="--", linewidth=1)
-    axes.annotate(
-        name, (0.02, limit / 1e9), ("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", fontsize=8
-    )
+    at = (0.99, limit / 1e9 + 0.01 * axes.get_ylim()[1])
+    axes.text(*at, name, transform=axes.get_yaxis_transform(), fontsize=8, horizontalalignment="right")
 
 
 def _finish(panels: Sequence[Any], path: Path) -> None:
