@@ -42,7 +42,7 @@ CASES = [
     *(Case(2 * group, 2, 128, 1, keys) for group in (1, 4, 8) for keys in (8192, 65536)),
     Case(8, 2, 64, 1, 65536),
     Case(8, 2, 128, 8, 16384),  # several tokens at once, as speculation proposes
-    Case(8, 2, 128, 4096, 4096),  # a whole prompt
+    Case(4, 1, 128, 4096, 4096),  # a whole prompt; one key head, or the twin takes a minute
     # gpt-oss: every other layer has a window of 128, all have sinks.
     Case(64, 8, 64, 1, 8192, window=128, sinks=True),
     Case(64, 8, 64, 512, 512, window=128, sinks=True),
@@ -52,8 +52,8 @@ CASES = [
 # running maximum, the result once more.
 RTOL = {F32: 2e-5, BF16: 2**-6}
 # The same of what is near 0: a mean of n values has the size n^-1/2, and the errors of its terms a few times their ulp
-# of that.
-ATOL = {F32: 1e-5, BF16: 2**-6}
+# of that; the twin adds them one after the other, so that of 65536 float32 it loses a few hundred.
+ATOL = {F32: 5e-5, BF16: 2**-6}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
