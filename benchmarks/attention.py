@@ -472,7 +472,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="draw them, with matplotlib")
     arguments = parser.parse_args()
     console = Console(width=128, highlight=False)
-    run = Run(Limits(), arguments.quick, rounds=5 if arguments.quick else 11)
+    run = Run(Limits(), arguments.quick, rounds=3 if arguments.quick else 7)
     for dtype in (BF16, F32):
         check_against_twin(dtype)
     figures: list[Figure] = []
