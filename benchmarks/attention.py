@@ -312,7 +312,7 @@ def prefill(run: Run) -> Iterator[Figure]:
             same(answers)
             works = {name: Work(call, amounts) for name, call in calls.items()}
             works |= torch_works(1, prompt, q, tokens, amounts, answers["SLAB_POOL"][0])
-            rounds = run.rounds if prompt < 4096 else min(run.rounds, 5)
+            rounds = run.rounds if prompt < 4096 else 3
             for name, samples in better(beside(run.limits, works, rounds)).items():
                 yield figure("prefill", name, prompt, samples, group=4, dtype=str(dtype))
 

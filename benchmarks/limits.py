@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 
 _SETTLE_SECONDS = 0.02  # what the threads of another library take to stop spinning for work
+_SHARE_BESIDE, _MAX_BESIDE_SECONDS = 0.25, 0.25  # of a call, that each of its limits is measured for on either side
 
 
 class Limits:
@@ -19,19 +20,20 @@ class Limits:
         self._buffer = np.empty(256 << 20, np.uint8)
         self._native.touch(self._buffer)
         self._items = 8
-        while _rate(self._native.fma, self._items)[1] < 0.01:
+        while _rate(self._native.fma, self._items, 0)[1] < 0.01:
             self._items *= 2
 
-    def read(self) -> float:
-        return _rate(self._native.read, self._buffer)[0]
+    def read(self, seconds: float = 0) -> float:
+        """From memory; like the others it is repeated until so much time has passed."""
+        return _rate(self._native.read, self._buffer, seconds)[0]
 
-    def fma(self) -> float:
+    def fma(self, seconds: float = 0) -> float:
         """Of float32."""
-        return _rate(self._native.fma, self._items)[0]
+        return _rate(self._native.fma, self._items, seconds)[0]
 
-    def dot(self) -> float:
+    def dot(self, seconds: float = 0) -> float:
         """Of bfloat16 pairs, where the rung has an instruction for them."""
-        return _rate(self._native.dot, self._items)[0]
+        return _rate(self._native.dot, self._items, seconds)[0]
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,22 @@ def beside(limits: Limits, works: Mapping[str, Work], rounds: int, budget_second
 
 def _sample(limits: Limits, to: Samples) -> None:
     names = list(to.work.amounts)
-    before = [getattr(limits, name)() for name in names]
+    # Beside a long call, long enough to see whom else the CPUs serve.
+    beside_seconds = min(_SHARE_BESIDE * to.seconds[-1], _MAX_BESIDE_SECONDS) if to.seconds else 0
+    before = [getattr(limits, name)(beside_seconds) for name in names]
     began = time.perf_counter()
     to.work.call()
     to.seconds.append(time.perf_counter() - began)
     if to.work.foreign:
         time.sleep(_SETTLE_SECONDS)
     for name, first in zip(names, before, strict=True):
-        to.limits.setdefault(name, []).append((first + getattr(limits, name)()) / 2)
+        to.limits.setdefault(name, []).append((first + getattr(limits, name)(beside_seconds)) / 2)
 
 
-def _rate(work: Callable[..., int], argument: object) -> tuple[float, float]:
-    """How much a second, and for how many seconds."""
+def _rate(work: Callable[..., int], argument: object, seconds: float) -> tuple[float, float]:
+    """How much a second, of all calls within about so many seconds, and how many seconds those were."""
     began = time.perf_counter()
     done = work(argument)
-    seconds = time.perf_counter() - began
-    return done / seconds, seconds
+    while (passed := time.perf_counter() - began) < seconds:
+        done += work(argument)
+    return done / passed, passed

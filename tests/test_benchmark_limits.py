@@ -14,7 +14,7 @@ class Changing:
     def __init__(self):
         self.rate = 64.0
 
-    def read(self):
+    def read(self, seconds):
         self.rate /= 2
         return self.rate
 
