@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find pace/_kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*_kernel.c' -o -name parallel.c)
 
-.PHONY: demo test check bench sanitize test-slow build clean
+.PHONY: demo test check bench attention-bench sanitize test-slow build clean
 
 demo: $(VENV)/.built  ## fetch SmolLM2 and let it speak
 	$(BIN)/pace pull smollm2
@@ -24,6 +24,9 @@ check: $(VENV)/.dev  ## format, lint, types, then the suite
 
 bench: $(VENV)/.test  ## every kernel against its twin, then both timed beside the machine and torch
 	$(BIN)/python -m pytest --benchmark
+
+attention-bench: $(VENV)/.dev  ## attention through each cache, beside the machine and torch; draws the plots of the docs
+	$(BIN)/python -m benchmarks.attention --plots docs/images
 
 SANITIZED := build/sanitized/lib
 sanitize: $(VENV)/.dev  ## the kernels' tests under the address and undefined-behaviour sanitizers

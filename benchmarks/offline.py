@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import ml_dtypes
@@ -22,6 +21,8 @@ from pace import LLM, SamplingParams, isa, kernels, roofline
 from pace.models.hub import cache_directory
 from pace.ops import registry
 from pace.reference.arrays import bfloat16, float32
+
+from .limits import Limits
 
 PROMPT, DECODE, ROUNDS, CACHE_BYTES = 512, 128, 3, 1 << 28
 SHAPE = {
@@ -126,31 +127,18 @@ class Stopwatch:
         registry.resolve.cache_clear()
 
 
-class MemoryRate:
-    """Bytes a second that all threads read from memory right now: it changes with what else the machine does."""
-
-    def __init__(self) -> None:
-        self._native = import_module("pace._kernels.roofline.roofline")
-        self._buffer = np.empty(256 << 20, np.uint8)
-        self._native.touch(self._buffer)
-
-    def measure(self) -> float:
-        began = time.perf_counter()
-        return self._native.read(self._buffer) / (time.perf_counter() - began)
-
-
-def decode_beside_reads(llm: LLM, tokens: list[int], watch: Stopwatch, memory: MemoryRate) -> dict[str, np.ndarray]:
+def decode_beside_reads(llm: LLM, tokens: list[int], watch: Stopwatch, machine: Limits) -> dict[str, np.ndarray]:
     """One token after the other, memory's rate measured before and after each: what each step reached of it."""
     stream = llm.stream(tokens, SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True))
     began = time.perf_counter()
     next(stream)
     figures: dict[str, list[float]] = {"prefill": [time.perf_counter() - began]}
-    before = memory.measure()
+    before = machine.read()
     for step in range(DECODE):
         watch.seconds, began = 0.0, time.perf_counter()
         next(stream)
         seconds = time.perf_counter() - began
-        after = memory.measure()
+        after = machine.read()
         num_bytes = llm.model.bytes_per_step + (len(tokens) + step) * llm.model.cache_shape.bytes_per_token
         for name, value in (
             ("step", seconds),
@@ -179,7 +167,7 @@ def main() -> None:
     print(f"first token {start['first_token_s']:.2f} s after process start")
     print(f"peak memory {peak:.0f} MB, {over:.0f} MB over weights and the cache that is used")
 
-    watch, memory = Stopwatch(), MemoryRate()
+    watch, machine = Stopwatch(), Limits()
     watch.install()
     llm = LLM(model, dtype=arguments.dtype, kv_cache_bytes=CACHE_BYTES)
     tokens = np.random.default_rng(1).integers(100, 250, PROMPT).tolist()
@@ -187,7 +175,7 @@ def main() -> None:
     flops = 2 * PROMPT * multiplied  # the head is multiplied for the last token only; attention is not counted
     limits = roofline.measure()
     for _ in range(ROUNDS):
-        figures = decode_beside_reads(llm, tokens, watch, memory)
+        figures = decode_beside_reads(llm, tokens, watch, machine)
         limits = roofline.best(limits, roofline.measure())
         rate, prefill = flops / figures["prefill"][0], PROMPT / figures["prefill"][0]
         step, share, outside = (float(np.median(figures[name])) for name in ("step", "share", "outside"))

@@ -12,7 +12,7 @@ from pace.roofline import Roofline
 
 from .case import Result
 
-_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 Rooflines = dict[str, Roofline]  # by rung
 
@@ -42,7 +42,7 @@ def verdict(results: Sequence[Result]) -> Text:
         return Text(f"native is the fastest in all {len(results)} cases", style="bold green")
     lines = [f"native is not the fastest in {len(slower)} of {len(results)} cases"]
     for result, (peer, seconds) in slower:
-        case = f"{result.operation} {result.shape} {_DTYPES[result.dtype]} {result.rung}"
+        case = f"{result.operation} {result.shape} {DTYPES[result.dtype]} {result.rung}"
         lines.append(f"  {case}: {peer} takes {duration(seconds)}, native {duration(result.native_seconds)}")
     return Text("\n".join(lines), style="yellow")
 
@@ -61,7 +61,7 @@ def _cells(result: Result, roofline: Roofline) -> list[str | Text]:
     cache = f"({result.cache})" if by_memory and result.cache else "\N{NO-BREAK SPACE}" * 4  # rich strips spaces
     return [
         result.shape,
-        _DTYPES[result.dtype],
+        DTYPES[result.dtype],
         result.rung,
         Text(duration(result.native_seconds), style="bold"),
         f"{work / result.native_seconds / 1e9:.1f} {unit}",
