@@ -131,8 +131,8 @@ def check_what_is_seen(
 ) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None")
-    if softcap is not None and not 0 < softcap < np.inf:
-        raise ValueError(f"softcap is {softcap}; it must be above 0, or None")
+    if softcap is not None and not 2.0**-126 <= softcap <= 3e38:
+        raise ValueError(f"softcap is {softcap}; it must be a normal float32 above 0, or None")
     if sinks is not None:
         check_vector(sinks, "sinks", q.shape[1], float32)
     if spans is None:

@@ -38,7 +38,8 @@ def store_kv(k: Array, v: Array, k_blocks: Array, v_blocks: Array, slots: Array)
     """Write each token's keys and values to its slot.
 
     k, v: (tokens, kv_heads, head_dim), any token stride, heads contiguous. k_blocks, v_blocks: as kv_shapes gives, of
-    k's dtype; blocks, heads and groups at any stride, each group contiguous. slots: (tokens,) int64, all different.
+    k's dtype; blocks, heads and groups at any strides that are multiples of 4 bytes, each group contiguous. slots:
+    (tokens,) int64, all different.
 
     ValueError for a slot outside the blocks (before anything is written), another shape, or blocks that are read-only;
     TypeError for another dtype.
@@ -86,6 +87,8 @@ def check_blocks(k_blocks: Array, v_blocks: Array) -> int:
             n > 1 and step != dense for n, step, dense in zip(blocks.shape[3:], blocks.strides[3:], inner, strict=True)
         ):
             raise ValueError(f"{name} has strides {blocks.strides}; each group of {GROUP} tokens must be contiguous")
+        if any(n > 1 and step % 4 for n, step in zip(blocks.shape[:3], blocks.strides[:3], strict=True)):
+            raise ValueError(f"{name} has strides {blocks.strides}; those of groups must be multiples of 4 bytes")
     return int(num_blocks * groups * GROUP)
 
 

@@ -393,9 +393,9 @@ def test_a_thousand_sequences_come_and_go(name, tokens_given):
     assert len(cache._lengths) == 16  # rows of ended sequences are used again
     for sequence in living:
         cache.free(sequence)
-    # The first measurement may come before a pool's last pages were touched; that much, and a little of Python's.
-    assert resident[-1] <= resident[0] + cache.stats().capacity_bytes + (2 << 20)
-    assert resident[-1] <= resident[4] + (2 << 20)
+    # The first measurement may come before a pool's last pages were touched; that much, and a few arenas of Python's.
+    assert resident[-1] <= resident[0] + cache.stats().capacity_bytes + (4 << 20)
+    assert resident[-1] <= resident[4] + (4 << 20)
     stats = cache.stats()
     assert (stats.used_tokens, stats.used_bytes) == (0, 0)
     cache.append([cache.allocate()], [min(stats.capacity_tokens, MAX_TOKENS)])

@@ -70,6 +70,11 @@ def test_same_refusals(native):
     refused(k, v, k_blocks, misaligned(v_blocks), slots, match="v_blocks is not aligned")
     refused(k, v, k_blocks, v_blocks, misaligned(slots), match="slots is not aligned")
     refused(k, v, k_blocks, v_blocks, swapped(slots), error=TypeError, match="slots has dtype >i8; it must be int64")
+    turned = np.ascontiguousarray(k_blocks.swapaxes(3, 4)).swapaxes(3, 4)
+    refused(k, v, turned, v_blocks, slots, match=r"k_blocks has strides .*; each group of 16 tokens must be contiguous")
+    wide = np.zeros((*v_blocks.shape[:3], v_blocks[0, 0, 0].size + 1), BF16)
+    uneven = wide[..., :-1].reshape(v_blocks.shape)
+    refused(k, v, k_blocks, uneven, slots, match=r"v_blocks has strides .*; those of groups must be multiples of 4")
     for axis in (1, 2, 3):
         empty = k_blocks.take([], axis), v_blocks.take([], axis if axis < 3 else 4)
         refused(k, v, *empty, slots, match="see kv_shapes")

@@ -95,8 +95,8 @@ cdef int check_what_is_seen(attend_args *args, Py_ssize_t tokens, Py_ssize_t seq
         args.window = min(window, INT32_MAX)
     args.softcap = 0
     if softcap is not None:
-        if not 0 < softcap < np.inf:
-            raise ValueError(f"softcap is {softcap}; it must be above 0, or None")
+        if not 2.0**-126 <= softcap <= 3e38:
+            raise ValueError(f"softcap is {softcap}; it must be a normal float32 above 0, or None")
         args.softcap = softcap
     args.sinks = NULL
     if sinks is not None:

@@ -66,6 +66,10 @@ cdef int copy_strides(ptrdiff_t *strides, cnp.ndarray blocks, str name) except -
         dense *= cnp.PyArray_DIM(blocks, axis)
     for axis in range(3):
         strides[axis] = cnp.PyArray_STRIDE(blocks, axis)
+        if cnp.PyArray_DIM(blocks, axis) > 1 and strides[axis] % 4:
+            raise ValueError(
+                f"{name} has strides {(<object>blocks).strides}; those of groups must be multiples of 4 bytes"
+            )
     return 0
 
 
