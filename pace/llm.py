@@ -10,8 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pace import host
-from pace.cache import CACHES
-from pace.cache.base import check_block_tokens
+from pace.cache import CACHES, check_block_tokens
 from pace.engine.engine import Engine
 from pace.engine.request import Request, RequestOutput
 from pace.engine.sampling_params import SamplingParams

@@ -163,7 +163,7 @@ static void share(size_t threads) {
             sched_yield();
 }
 
-int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes) {
+int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, bool even, size_t scratch_bytes) {
     if (items == 0) return 0;
     if (grain == 0) grain = 1;
     const size_t stride = (scratch_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -182,7 +182,7 @@ int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, s
     } else if (threads == 1 || !survives_fork || pthread_mutex_trylock(&caller) != 0) {
         worker(args, 0, items, scratch);
     } else {
-        const size_t piece = items / (threads * PIECES_PER_THREAD);
+        const size_t piece = even ? items / (threads * PIECES_PER_THREAD) : 0;
         job.worker = worker, job.args = args, job.items = items, job.piece = piece > grain ? piece : grain;
         job.threads = threads, job.stride = stride, job.scratch = scratch;
         share(threads);

@@ -2,6 +2,7 @@
 // described by `args`, with `scratch` for its own use, and knows nothing of threads. So an item's arithmetic cannot
 // depend on how many threads there are, and the same worker runs under a CPU emulator in the tests.
 #pragma once
+#include <stdbool.h>
 #include <stddef.h>
 
 typedef void (*pace_worker)(const void *args, size_t begin, size_t end, void *scratch);
@@ -15,7 +16,8 @@ int pace_num_threads(void);
 void pace_set_num_threads(int num_threads);
 void pace_set_hook(pace_hook hook);
 
-// Runs `worker` over all items, in pieces of at least `grain` items taken by whichever thread is free. Each thread has
+// Runs `worker` over all items, in pieces of at least `grain` items taken by whichever thread is free; of exactly so many
+// where `even` is false, for items of uneven cost that come sorted, the dearest first. Each thread has
 // `scratch_bytes` of 64-byte aligned scratch, not initialised. May be called from several threads at once, and after a
 // fork. Returns 0, or -1 when scratch cannot be allocated.
-int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes);
+int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, bool even, size_t scratch_bytes);

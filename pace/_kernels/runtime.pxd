@@ -9,7 +9,10 @@ cdef enum Kind:
     F32 = 0
     BF16 = 1
 
-cdef int run(const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes) except -1
+# even=False: the items differ in cost, and come sorted.
+cdef int run(
+    const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes, bint even=*
+) except -1
 
 # That a call of `run` is divided over, at most.
 cdef int num_threads() noexcept nogil

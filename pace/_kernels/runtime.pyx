@@ -13,7 +13,7 @@ cdef extern from "parallel.h" nogil:
     int pace_num_threads()
     void pace_set_num_threads(int num_threads)
     void pace_set_hook(pace_hook hook)
-    int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, size_t scratch_bytes)
+    int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, bint even, size_t scratch_bytes)
 
 cdef extern from *:
     """
@@ -94,12 +94,14 @@ def set_hook(hook):
     return previous
 
 
-cdef int run(const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes) except -1:
+cdef int run(
+    const pace_worker *workers, const void *args, size_t items, size_t grain, size_t scratch_bytes, bint even=True
+) except -1:
     """The one line where the rung is chosen."""
     global _hook_error
     cdef int failed
     with nogil:
-        failed = pace_run(workers[_rung], args, items, grain, scratch_bytes)
+        failed = pace_run(workers[_rung], args, items, grain, even, scratch_bytes)
     if _hook_error is not None:
         error, _hook_error = _hook_error, None
         raise error

@@ -1,6 +1,6 @@
 """Caches of keys and values. A cache owns its memory and its attention; models never ask which one they were given."""
 
-from .base import CacheFull, CacheShape, CacheStats, KVCache, Placement
+from .base import CacheFull, CacheShape, CacheStats, KVCache, Placement, check_block_tokens
 from .bmc import BMC
 from .dynamic import Dynamic
 from .paged import Paged
@@ -19,4 +19,5 @@ __all__ = [
     "Paged",
     "Placement",
     "SlabPool",
+    "check_block_tokens",
 ]

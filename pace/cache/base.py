@@ -91,7 +91,8 @@ class KVCache(ABC):
     def append(self, sequences: Sequence[int], counts: Sequence[int], tokens: Ints | None = None) -> Placement:
         """Room for counts[i] new tokens of sequences[i], each sequence once. CacheFull where there is none.
 
-        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart.
+        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart,
+        and is for keys that do not follow from these ids and those before alone: of images, of spans.
         """
 
     @abstractmethod
@@ -136,6 +137,17 @@ class KVCache(ABC):
     @abstractmethod
     def stats(self) -> CacheStats:
         """How full the cache is now."""
+
+
+def check_tokens(tokens: Array, count: int) -> Array:
+    """TypeError unless they are integers, ValueError unless they are `count` ids that can be: 0 to 2^31 - 1."""
+    if len(tokens) and tokens.dtype.kind not in "iu":
+        raise TypeError(f"tokens has dtype {tokens.dtype}; it must be of integers")
+    if tokens.shape != (count,):
+        raise ValueError(f"tokens has shape {tokens.shape}; it must be ({count},)")
+    if count and not 0 <= tokens.min() <= tokens.max() < 2**31:
+        raise ValueError(f"tokens has {tokens.min()} … {tokens.max()}; it must be 0 … {2**31 - 1}")
+    return tokens
 
 
 def check_block_tokens(block_tokens: int) -> int:

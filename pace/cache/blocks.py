@@ -5,7 +5,6 @@ A block holds `block_tokens` tokens of one sequence, keys and values, in all lay
 all sequences, blocks and tokens at once.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ from pace.ops import Attention, OperatorConfig
 from pace.reference.arrays import Array, Float
 from pace.reference.store_kv import GROUP, kv_shapes
 
-from .base import CacheFull, CacheShape, CacheStats, Ints, KVCache, Placement
+from .base import CacheFull, CacheShape, CacheStats, Ints, KVCache, Placement, check_tokens
 from .memory import Memory
 
 Longs = NDArray[np.int64]
@@ -59,9 +58,9 @@ class BlockCache(KVCache):
 
     # --- what the caches differ in ---
 
-    @abstractmethod
     def room_for(self, lengths: Count) -> Count:
         """Tokens of capacity that sequences of these lengths hold."""
+        return self._blocks_of(lengths) * self.block_tokens
 
     def _free_tokens(self) -> int:
         return self._num_free * self.block_tokens
@@ -93,6 +92,8 @@ class BlockCache(KVCache):
         rows, added = self._rows_of(sequences), np.array(counts, np.int64)
         if len(added) != len(rows) or added.min(initial=0) < 0:
             raise ValueError(f"counts is {counts}; it must be {len(rows)} numbers of tokens, none below 0")
+        if tokens is not None:
+            check_tokens(np.asarray(tokens), int(added.sum()))
         lengths = self._lengths[rows]
         grown = lengths + added
         self._check_longest(rows, grown)

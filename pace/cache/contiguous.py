@@ -59,7 +59,7 @@ class Contiguous(BlockCache):
         room = np.minimum(self._grown(steps) * self.step, self.block_tokens)
         room = np.maximum(np.maximum(room, self.least), steps * self.step)
         held = np.where(steps > 0, room, 0)
-        return int(held) if isinstance(lengths, int) else held
+        return held if isinstance(lengths, np.ndarray) else int(held)
 
     def _free_tokens(self) -> int:
         return self.capacity_tokens - int(self._rooms.sum())

@@ -1,7 +1,7 @@
 """Address space for keys and values: reserved at once, given pages as they are first written.
 
-An array of zeros would be that too, but it counts as used from the start where a system does not overcommit, its pages
-cannot be given back one by one, and whether they are huge is not ours to say.
+An array of zeros would be that too, but it may not be larger than the memory that there is, its pages cannot be given
+back one by one, and whether they are huge is not ours to say.
 """
 
 import mmap
@@ -24,7 +24,10 @@ class Memory:
         try:
             self._map = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
         except OSError as error:
-            raise MemoryError(f"no address space for the cache's {num_bytes} bytes: {error.strerror}") from None
+            raise MemoryError(
+                f"no address space for the cache's {num_bytes} bytes: {error.strerror}; give fewer kv_cache_bytes, or, "
+                "where address space is limited, use SLAB_POOL or PAGED, which take no more of it than that"
+            ) from None
         self._advise("MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE")
         self.bytes = np.frombuffer(self._map, np.uint8)
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from pace.ops import OperatorConfig
 
-from .base import CacheShape, CacheStats, Ints, Placement, check_block_tokens
-from .blocks import BlockCache, Count, Longs, blocks_within
+from .base import CacheShape, CacheStats, Ints, Placement, check_block_tokens, check_tokens
+from .blocks import BlockCache, Longs, blocks_within
 
 BLOCK_TOKENS = 64  # with 16, which lie scattered in memory, attention reads at little more than half the speed
 UNKNOWN = -1  # a token whose id was not given
@@ -39,15 +39,13 @@ class Paged(BlockCache):
         self._idle: OrderedDict[int, None] = OrderedDict()  # those that it alone holds, the longest idle first
         self._prefix_hits = self._prefix_tokens = 0
 
-    def room_for(self, lengths: Count) -> Count:
-        return self._blocks_of(lengths) * self.block_tokens
-
     def allocate(self, tokens: Sequence[int] | Ints | None = None) -> int:
         if tokens is None:
             return super().allocate()
+        prompt = check_tokens(np.asarray(tokens), len(tokens)).astype(np.int32)
         for sequence in np.flatnonzero(self._lengths >= self.block_tokens).tolist():
             self._register(sequence)
-        blocks = np.array(list(self._known(np.asarray(tokens, np.int32))), np.int32)
+        blocks = np.array(list(self._known(prompt)), np.int32)
         self._share(blocks)
         length = len(blocks) * self.block_tokens
         self._prefix_hits += length > 0
@@ -55,9 +53,7 @@ class Paged(BlockCache):
         return self._begin(blocks, length)
 
     def append(self, sequences: Sequence[int], counts: Sequence[int], tokens: Ints | None = None) -> Placement:
-        if tokens is not None and len(tokens) != sum(counts):
-            raise ValueError(f"there are {len(tokens)} tokens; counts ask for {sum(counts)}")
-        placement = super().append(sequences, counts)
+        placement = super().append(sequences, counts, tokens)
         self._tokens.reshape(-1)[placement.slots] = UNKNOWN if tokens is None else tokens
         return placement
 

@@ -4,7 +4,7 @@ from pace import host
 from pace.ops import OperatorConfig
 
 from .base import CacheShape, check_block_tokens
-from .blocks import BlockCache, Count, blocks_within
+from .blocks import BlockCache, blocks_within
 
 BLOCK_TOKENS = (256, 128, 64, 32)
 
@@ -25,6 +25,3 @@ class SlabPool(BlockCache):
             block_tokens = block_tokens_for(shape, host.describe().l2_bytes or 512 * 1024)
         num_blocks = blocks_within(shape, capacity_bytes, check_block_tokens(block_tokens))
         super().__init__(shape, operators, block_tokens, num_blocks, num_blocks * block_tokens, huge_pages=True)
-
-    def room_for(self, lengths: Count) -> Count:
-        return self._blocks_of(lengths) * self.block_tokens

@@ -71,8 +71,8 @@ class Engine:
     def _forward(self, batch: Batch) -> np.ndarray:
         counts = [len(tokens) for tokens in batch.tokens]
         sequences = [request.sequence for request in batch.requests if request.sequence is not None]
-        placement = self.cache.append(sequences, counts)
         tokens = np.fromiter((token for piece in batch.tokens for token in piece), np.int32, sum(counts))
+        placement = self.cache.append(sequences, counts, tokens)
         hidden = self.model.forward(tokens, placement, self.cache)
         for request, count in zip(batch.requests, counts, strict=True):
             request.computed += count

@@ -53,7 +53,8 @@ class Scheduler:
             if self._reserved + needed > capacity:
                 break
             request = self._waiting.popleft()
-            request.sequence = self.cache.allocate()
+            request.sequence = self.cache.allocate(request.prompt_token_ids)
+            request.computed = self.cache.length(request.sequence)  # what the cache had of the prompt
             self._reserved += needed
             self._running.append(request)
 

@@ -1,5 +1,7 @@
 """Attention of new tokens over the cache: grouped queries, paged keys and values, a ragged batch."""
 
+from operator import index
+
 import numpy as np
 
 from .arrays import Array, Float, bfloat16, check_float, check_type, check_vector, check_writeable, f32, float32
@@ -38,16 +40,16 @@ def attend(
     k_blocks, v_blocks: as store_kv writes them, of q's dtype; groups of 16 tokens of which none is seen are not read,
     nor is what lies past a sequence's end. block_tables: (sequences, blocks) int32 C-contiguous. query_starts:
     (sequences + 1,) int32, from 0 to tokens. kv_lengths: (sequences,) int32. Returns (tokens, heads, head_dim) of q's
-    dtype, C-contiguous, in `out` where it is given.
+    dtype, C-contiguous, in `out` where it is given: q itself, or memory apart from q's.
 
     Scores, softmax and sums in float32; with bfloat16, the softmax's numerators are rounded to bfloat16 before they
     multiply V (their sum is of the unrounded ones). One rounding, to q's dtype, at the end. The native form runs the
     softmax online (Milakov and Gimelshein, 2018), 64 keys at a time from the start of the sequence, merges partial
     results of 512 keys in order (Dao et al., 2023), and takes the sink last: the same steps for one query or many,
-    whatever the blocks.
+    whatever the blocks. Where V holds an infinity or NaN, it may reach queries of the same call that do not see it.
 
     ValueError for shapes or lengths that do not fit each other, a block that does not exist, a window below 1, a
-    softcap that is not above 0, a span that lies outside its sequence or does not hold its token, or a read-only
+    softcap outside 2^-64 to 2^64, a span that lies outside its sequence or does not hold its token, or a read-only
     `out`; TypeError for dtypes.
     """
     num_slots = check_blocks(k_blocks, v_blocks)
@@ -63,13 +65,13 @@ def attend(
             f"out has shape {out.shape} and dtype {out.dtype}; it must be {q.shape}, {q.dtype}, contiguous"
         )
     check_writeable(out, "out")
-    for s, length in enumerate(kv_lengths):
-        queries = slice(query_starts[s], query_starts[s + 1])
+    for s, length in enumerate(kv_lengths.tolist()):
+        queries = slice(int(query_starts[s]), int(query_starts[s + 1]))
         count = queries.stop - queries.start
         if count == 0:
             continue
         span = None if spans is None else spans[queries]
-        with MASKS.mask(int(length) - count, count, int(length), window, span) as mask:
+        with MASKS.mask(length - count, count, length, window, span) as mask:
             seen = np.flatnonzero(mask.any(axis=0))
             keys, values = gather(k_blocks, v_blocks, block_tables[s], seen)
             out[queries] = attend_one(q[queries], keys, values, mask[:, seen], scale, sinks, softcap)
@@ -129,10 +131,10 @@ def check_what_is_seen(
     softcap: float | None,
     spans: Array | None,
 ) -> None:
-    if window is not None and window < 1:
+    if window is not None and index(window) < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None")
-    if softcap is not None and not 2.0**-126 <= softcap <= 3e38:
-        raise ValueError(f"softcap is {softcap}; it must be a normal float32 above 0, or None")
+    if softcap is not None and not 2.0**-64 <= softcap <= 2.0**64:
+        raise ValueError(f"softcap is {softcap}; it must be 2^-64 to 2^64, or None")
     if sinks is not None:
         check_vector(sinks, "sinks", q.shape[1], float32)
     if spans is None:

@@ -401,6 +401,17 @@ def test_a_thousand_sequences_come_and_go(name, tokens_given):
     cache.append([cache.allocate()], [min(stats.capacity_tokens, MAX_TOKENS)])
 
 
+def test_tokens_that_cannot_be_are_refused_before_anything_changes(name):
+    cache = make(name)
+    sequence = cache.allocate()
+    for tokens, error in (([1, 2], ValueError), ([1, 2, 2**31], ValueError), ([1.5, 2, 3], TypeError)):
+        with pytest.raises(error, match="tokens has"):
+            cache.append([sequence], [3], np.array(tokens))
+    with pytest.raises(ValueError, match=r"tokens has shape \(3, 2\); it must be \(3,\)"):
+        cache.append([sequence], [3], np.zeros((3, 2), np.int32))
+    assert (cache.length(sequence), cache.stats().used_bytes) == (0, 0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc: for Linux")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_budget_is_what_the_system_gives(name, kind):

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from pace import LLM
+from pace import LLM, SamplingParams
 from pace.cache import CACHES
 from pace.ops import OperatorConfig
 from tests.kernels.arrays import threads
@@ -18,6 +18,8 @@ MODELS = {
     "full": {},
     "window and sinks": {"window": 20, "sinks": np.array([0.0, -1.0, 2.0, 0.5, -np.inf, 0.0], np.float32)},
 }
+
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,9 @@ def test_answers(llms, rung):
     prompts, params = requests()
     for which, llm in llms.items():
         for max_batch_tokens, count in ((1024, 1), (1024, 2), (37, 2)):
+            llm.cache = CACHES[which[0]](
+                llm.model.cache_shape, 16 << 20, OperatorConfig(), which[1]
+            )  # knows no prompts
             with_engine(llm, max_batch_tokens=max_batch_tokens)
             with threads(count):
                 given = answers(llm.generate(prompts, params))
@@ -65,6 +70,22 @@ def test_answers(llms, rung):
         for i in range(0, len(prompts), 5):
             assert answers(llm.generate([prompts[i]], params[i])) == known[i : i + 1], which
         assert llm.cache.stats().used_bytes == 0
+
+
+def test_a_prompt_that_begins_like_an_earlier_one(load, rung):
+    """PAGED computes only what it does not have; the answer is the same."""
+    llm = load("bfloat16", 16 << 20, "PAGED", 16)
+    prompt = [3 + i % 50 for i in range(100)]
+    first = answers(llm.generate([prompt], GREEDY))
+    assert llm.cache.stats().prefix_hits == 0
+    assert answers(llm.generate([prompt], GREEDY)) == first
+    assert (llm.cache.stats().prefix_hits, llm.cache.stats().prefix_tokens) == (1, 96)
+    plain = load("bfloat16", 16 << 20, "SLAB_POOL")
+    assert answers(plain.generate([[*prompt[:50], 7, 8]], GREEDY)) == answers(
+        llm.generate([[*prompt[:50], 7, 8]], GREEDY)
+    )
+    assert llm.cache.stats().prefix_tokens == 96 + 48
+    assert llm.cache.stats().used_bytes == 0
 
 
 def test_more_than_the_cache_holds_at_once(load, llms, rung):

@@ -382,6 +382,13 @@ def test_strided_queries_and_out(native):
     assert np.array_equal(out, native("attend")(q, *rest))
 
 
+@pytest.mark.parametrize("softcap", [2.0**-64, 2.0**64])
+def test_the_least_and_the_largest_cap(native, softcap):
+    case = Case(7, [(3, 70)])
+    actual = native("attend")(*case.arguments(), softcap=softcap)
+    assert_close(actual, attend(*case.arguments(), softcap=softcap), **TOLERANCE[F32])
+
+
 def test_same_refusals(native):
     case = Case(6, [(2, 40), (1, 3)])
     q, k, v, tables, starts, lengths, scale = case.arguments()
@@ -426,7 +433,7 @@ def test_same_refusals_of_what_is_seen(native):
     for window in (0, -1):
         refused(window=window, match=f"window is {window}; it must be at least 1, or None")
     for softcap in (0, 0.0, -1, 1e-50, 1e50, np.inf, -np.inf, np.nan):
-        refused(softcap=softcap, match=re.escape(f"softcap is {softcap}; it must be a normal float32 above 0"))
+        refused(softcap=softcap, match=re.escape(f"softcap is {softcap}; it must be 2^-64 to 2^64, or None"))
     sinks = np.zeros(4, np.float32)
     refused(sinks=sinks[:3], match=r"sinks has shape \(3,\); it must be \(4,\)")
     refused(sinks=sinks[None], match=r"sinks has shape \(1, 4\); it must be \(4,\)")

@@ -1,5 +1,7 @@
 """Binding of the native attend; the contract is pace.reference.attend."""
 
+from operator import index
+
 import numpy as np
 
 cimport numpy as cnp
@@ -51,6 +53,7 @@ cdef pace_worker[2] WORKERS = [attend_avx2, attend_avx512]
 cdef Py_ssize_t MOST_QUERIES = 64  # of an item: K and V come from memory once for all of them
 cdef Py_ssize_t FEWEST_ROWS = 48  # of an item, if there are: with fewer, K and V are read more often than used
 cdef Py_ssize_t ITEMS_PER_THREAD = 4  # so that the last to end is not far behind
+cdef Py_ssize_t MOST_PARTIAL_FLOATS = 16 << 20  # that divided runs leave to be merged, all together; others stay whole
 
 
 cdef struct Run:
@@ -60,6 +63,7 @@ cdef struct Run:
     Py_ssize_t num_queries
     Py_ssize_t first_split
     Py_ssize_t num_splits
+    Py_ssize_t pieces
     int64_t cost
 
 
@@ -90,13 +94,14 @@ cdef int check_what_is_seen(attend_args *args, Py_ssize_t tokens, Py_ssize_t seq
     cdef int32_t begin, end, length
     args.window = SIZE_MAX
     if window is not None:
+        window = index(window)
         if window < 1:
             raise ValueError(f"window is {window}; it must be at least 1, or None")
         args.window = min(window, INT32_MAX)
     args.softcap = 0
     if softcap is not None:
-        if not 2.0**-126 <= softcap <= 3e38:
-            raise ValueError(f"softcap is {softcap}; it must be a normal float32 above 0, or None")
+        if not 2.0**-64 <= softcap <= 2.0**64:
+            raise ValueError(f"softcap is {softcap}; it must be 2^-64 to 2^64, or None")
         args.softcap = softcap
     args.sinks = NULL
     if sinks is not None:
@@ -130,16 +135,21 @@ cdef Py_ssize_t queries_per_item(const attend_args *args, Py_ssize_t tokens) noe
 
 cdef Run run_of(const attend_args *args, Py_ssize_t sequence, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     cdef Run r
-    cdef Py_ssize_t length = args.kv_lengths[sequence], position = length - args.query_starts[sequence + 1] + first
+    cdef Py_ssize_t length = args.kv_lengths[sequence], token
+    cdef Py_ssize_t position = length - args.query_starts[sequence + 1] + first
     cdef Py_ssize_t begin = 0, end = position + last - first
-    if args.spans != NULL:
-        end = length
-    elif <size_t>(position + 1) > args.window:
+    if <size_t>(position + 1) > args.window:
         begin = position + 1 - <Py_ssize_t>args.window
+    if args.spans != NULL:
+        for token in range(first, last):
+            if args.spans[2 * token] < args.spans[2 * token + 1]:
+                begin = min(begin, <Py_ssize_t>args.spans[2 * token])
+                end = max(end, <Py_ssize_t>args.spans[2 * token + 1])
     r.sequence, r.first_query, r.num_queries = sequence, first, last - first
     r.first_split = begin // SPLIT
     r.num_splits = (end + SPLIT - 1) // SPLIT - r.first_split
     r.cost = (last - first) * <Py_ssize_t>args.group * (end - begin)
+    r.pieces = 1
     return r
 
 
@@ -161,19 +171,36 @@ cdef Py_ssize_t list_runs(const attend_args *args, Py_ssize_t sequences, Py_ssiz
     return count
 
 
-cdef Py_ssize_t pieces_of(const Run *r, int64_t fair_cost) noexcept nogil:
-    """Into how many items the keys of a run are divided."""
-    return min(r.num_splits, (r.cost + fair_cost - 1) // fair_cost) if r.cost > fair_cost else 1
+cdef Py_ssize_t partial_floats(const attend_args *args, const Run *r) noexcept nogil:
+    """What the pieces of a run leave to be merged, of all heads."""
+    return (args.blocks.kv_heads * r.num_splits
+            * attend_state_floats(r.num_queries * args.group, args.blocks.head_dim))
 
 
-cdef void list_items(const attend_args *args, const Run *runs, Py_ssize_t num_runs, int64_t fair_cost,
-                     attend_item *items, int32_t *unfinished, float *partials) noexcept nogil:
+cdef Py_ssize_t divide(const attend_args *args, Run *runs, Py_ssize_t num_runs) noexcept nogil:
+    """Cut the keys of runs that cost far more than a thread's share; returns the floats that all leave."""
+    cdef Py_ssize_t i, floats = 0
+    cdef int64_t fair_cost = 0
+    for i in range(num_runs):
+        fair_cost += runs[i].cost * <Py_ssize_t>args.blocks.kv_heads
+    fair_cost = fair_cost // (num_threads() * ITEMS_PER_THREAD) + 1
+    for i in range(num_runs):
+        runs[i].pieces = max(1, min(runs[i].num_splits, runs[i].cost // fair_cost))
+        if num_threads() == 1 or floats + partial_floats(args, &runs[i]) > MOST_PARTIAL_FLOATS:
+            runs[i].pieces = 1
+        if runs[i].pieces > 1:
+            floats += partial_floats(args, &runs[i])
+    return floats
+
+
+cdef void list_items(const attend_args *args, const Run *runs, Py_ssize_t num_runs, attend_item *items,
+                     int32_t *unfinished, float *partials) noexcept nogil:
     cdef Py_ssize_t i, head, piece, pieces, count = 0, shared = 0
     cdef attend_item *item
     cdef const Run *r
     for i in range(num_runs):
         r = &runs[i]
-        pieces = pieces_of(r, fair_cost)
+        pieces = r.pieces
         for head in range(<Py_ssize_t>args.blocks.kv_heads):
             for piece in range(pieces):
                 item = &items[count]
@@ -192,21 +219,12 @@ cdef void list_items(const attend_args *args, const Run *runs, Py_ssize_t num_ru
 
 
 cdef int attend_runs(attend_args *args, Run *runs, Py_ssize_t num_runs, Py_ssize_t queries) except -1:
-    cdef Py_ssize_t i, pieces, num_items = 0, num_shared = 0, num_floats = 0, heads = args.blocks.kv_heads
-    cdef size_t head_dim = args.blocks.head_dim, group = args.group
-    cdef int64_t fair_cost = 0
+    cdef Py_ssize_t i, num_items = 0, num_shared = 0, heads = args.blocks.kv_heads
     qsort(runs, num_runs, sizeof(Run), more_costly)
+    cdef Py_ssize_t num_floats = divide(args, runs, num_runs)
     for i in range(num_runs):
-        fair_cost += runs[i].cost * heads
-    if num_threads() > 1:
-        fair_cost //= num_threads() * ITEMS_PER_THREAD
-    fair_cost += 1
-    for i in range(num_runs):
-        pieces = pieces_of(&runs[i], fair_cost)
-        num_items += heads * pieces
-        if pieces > 1:
-            num_shared += heads
-            num_floats += heads * runs[i].num_splits * attend_state_floats(runs[i].num_queries * group, head_dim)
+        num_items += heads * runs[i].pieces
+        num_shared += heads if runs[i].pieces > 1 else 0
     cdef size_t item_bytes = num_items * sizeof(attend_item)
     cdef char *memory = <char *>malloc(item_bytes + num_shared * sizeof(int32_t) + 1)
     cdef float *partials = <float *>malloc(num_floats * sizeof(float) + 1)
@@ -214,8 +232,8 @@ cdef int attend_runs(attend_args *args, Run *runs, Py_ssize_t num_runs, Py_ssize
         if memory == NULL or partials == NULL:
             raise MemoryError(f"no memory for {num_items} attention items and {num_floats} partial sums")
         args.items = <attend_item *>memory
-        list_items(args, runs, num_runs, fair_cost, <attend_item *>memory, <int32_t *>(memory + item_bytes), partials)
-        run(WORKERS, args, num_items, 1, attend_scratch_bytes(queries * group, head_dim))
+        list_items(args, runs, num_runs, <attend_item *>memory, <int32_t *>(memory + item_bytes), partials)
+        run(WORKERS, args, num_items, 1, attend_scratch_bytes(queries * args.group, args.blocks.head_dim), False)
     finally:
         free(memory)
         free(partials)

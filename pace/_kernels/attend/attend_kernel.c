@@ -18,8 +18,8 @@ struct work {
     size_t head, rows, tile_rows, head_dim, padded_dim, q_words;
     size_t kv_length;
     float scale, cap;             // of scores; cap is 0 for none
-    size_t begin, end;            // the keys that its rows see, all together
-    int32_t *row_begin, *row_end; // and each
+    size_t end;                   // of the keys that its rows see, all together
+    int32_t *row_begin, *row_end; // the keys that each sees
     word *q;                      // (rows, q_words), as words of a
     struct state total, tile;     // of the splits so far, all rows; of a split, a tile's rows
     word *staged;                 // one step's V, where it can't be read in place
@@ -68,20 +68,21 @@ INLINE bool is_one_run(const struct work *w, const ptrdiff_t *strides, size_t st
     return step % b->block_tokens + STEP <= b->block_tokens && strides[2] == (ptrdiff_t)group_bytes;
 }
 
+static const int32_t NO_SPAN[2] = {0, 0};
+
 INLINE void find_keys(struct work *w, size_t first_query, size_t first_position) {
     const struct attend_args *a = w->a;
-    w->begin = SIZE_MAX, w->end = 0;
+    w->end = 0;
     for (size_t row = 0; row < w->rows; row++) {
         const size_t query = row / a->group;
         size_t end = first_position + query + 1, begin = end > a->window ? end - a->window : 0;
-        const int32_t *span = a->spans + 2 * (first_query + query);
-        if (a->spans && span[0] < span[1]) {
+        const int32_t *span = a->spans ? a->spans + 2 * (first_query + query) : NO_SPAN;
+        if (span[0] < span[1]) {
             begin = smaller(begin, (size_t)span[0]);
             end = larger(end, (size_t)span[1]);
         }
         w->row_begin[row] = (int32_t)begin;
         w->row_end[row] = (int32_t)end;
-        w->begin = smaller(w->begin, begin);
         w->end = larger(w->end, end);
     }
 }
