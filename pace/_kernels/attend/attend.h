@@ -6,6 +6,9 @@
 // are merged in order.
 enum { STEP = 64, SPLIT = 512 };
 
+// Rows whose tiles take turns at each step: their sums stay in the cache beside its keys and values.
+enum { BLOCK_ROWS = 48 };
+
 // One kv head's part of a run of a sequence's new tokens, and of their keys those of the splits [begin, end). Where
 // other items have the rest of the keys, each leaves what its splits come to, and the one that ends last merges all.
 struct attend_item {
@@ -40,11 +43,11 @@ static inline size_t attend_state_floats(size_t rows, size_t head_dim) {
     return attend_padded(rows) * (2 + attend_padded(head_dim));
 }
 
-// Scratch for items of `rows` rows: the keys that each sees, its query, its state; the state of a tile; a step's values.
+// Scratch for items of `rows` rows: the keys that each sees, its query, its state; the state of a block of rows; a step's values.
 static inline size_t attend_scratch_bytes(size_t rows, size_t head_dim) {
     const size_t padded_dim = attend_padded(head_dim);
     const size_t floats = attend_padded(rows) * (2 + padded_dim) + attend_state_floats(rows, head_dim);
-    return sizeof(float) * (floats + attend_state_floats(16, head_dim) + STEP * padded_dim);
+    return sizeof(float) * (floats + attend_state_floats(BLOCK_ROWS, head_dim) + STEP * padded_dim);
 }
 
 // Items are attend_items.

@@ -21,7 +21,7 @@ struct work {
     size_t end;                   // of the keys that its rows see, all together
     int32_t *row_begin, *row_end; // the keys that each sees
     word *q;                      // (rows, q_words), as words of a
-    struct state total, tile;     // of the splits so far, all rows; of a split, a tile's rows
+    struct state total, block;    // of the splits so far, all rows; of a split, a block's rows
     word *staged;                 // one step's V, where it can't be read in place
 };
 
@@ -348,7 +348,7 @@ INLINE void lay_out(struct work *w, void *scratch) {
     w->row_end = (int32_t *)TAKE(rows);
     w->q = (word *)TAKE(rows * w->padded_dim);
     w->total = state_at(TAKE(attend_state_floats(w->rows, w->head_dim)), w->rows);
-    w->tile = state_at(TAKE(attend_state_floats(16, w->head_dim)), 16);
+    w->block = state_at(TAKE(attend_state_floats(BLOCK_ROWS, w->head_dim)), BLOCK_ROWS);
     w->staged = (word *)TAKE(STEP * w->padded_dim);
 #undef TAKE
 }
@@ -364,14 +364,24 @@ INLINE void put_queries(const struct work *w, enum kind kind, size_t first_query
     }
 }
 
-// A tile's rows over the keys of a split.
-INLINE void attend_split(const struct work *w, enum kind kind, const struct rows *r, const struct state *s,
+// Some tiles' rows, from the first on, over the keys of a split: step by step, so that a step's keys and values stay in
+// the innermost cache while the tiles take turns.
+INLINE void attend_split(const struct work *w, enum kind kind, size_t first, size_t count, const struct state *s,
                          size_t split) {
-    begin_state(w, s, r->count);
-    const size_t end = smaller(r->end, split + SPLIT);
-    for (size_t step = larger(split, r->begin / STEP * STEP); step < end; step += STEP) {
-        attend_step(w, kind, r, s, step);
+    struct rows tiles[BLOCK_ROWS];
+    size_t num_tiles = 0, begin = SIZE_MAX, end = 0;
+    for (size_t row = first; row < first + count; row += w->tile_rows) {
+        const struct rows r = tiles[num_tiles++] = rows_from(w, row);
+        begin = smaller(begin, r.begin);
+        end = larger(end, r.end);
     }
+    begin_state(w, s, count);
+    for (size_t step = larger(split, begin / STEP * STEP); step < smaller(end, split + SPLIT); step += STEP)
+        for (size_t i = 0; i < num_tiles; i++) {
+            const struct rows *r = &tiles[i];
+            const struct state tile = state_from(w, *s, r->first - first);
+            if (r->begin < step + STEP && r->end > step) attend_step(w, kind, r, &tile, step);
+        }
 }
 
 INLINE void attend_item(const struct attend_args *a, enum kind kind, const struct attend_item *item, void *scratch) {
@@ -396,16 +406,17 @@ INLINE void attend_item(const struct attend_args *a, enum kind kind, const struc
     put_queries(&w, kind, first_query);
     const size_t state_floats = attend_state_floats(w.rows, head_dim);
     begin_state(&w, &w.total, w.rows);
+    const size_t block_rows = BLOCK_ROWS / w.tile_rows * w.tile_rows;
     for (size_t split = (size_t)item->begin_split; split < (size_t)item->end_split; split++) {
-        for (size_t row = 0; row < w.rows; row += w.tile_rows) {
-            const struct rows r = rows_from(&w, row);
+        for (size_t row = 0; row < w.rows; row += block_rows) {
+            const size_t count = smaller(w.rows - row, block_rows);
             if (item->num_splits) {
                 float *memory = item->partials + (split - (size_t)item->first_split) * state_floats;
-                const struct state tile = state_from(&w, state_at(memory, w.rows), row);
-                attend_split(&w, kind, &r, &tile, split * SPLIT);
-            } else if (r.begin < (split + 1) * SPLIT && r.end > split * SPLIT) {
-                attend_split(&w, kind, &r, &w.tile, split * SPLIT);
-                merge_split(&w, state_from(&w, w.total, row), w.tile, r.count);
+                const struct state block = state_from(&w, state_at(memory, w.rows), row);
+                attend_split(&w, kind, row, count, &block, split * SPLIT);
+            } else {
+                attend_split(&w, kind, row, count, &w.block, split * SPLIT);
+                merge_split(&w, state_from(&w, w.total, row), w.block, count);
             }
         }
     }
