@@ -139,8 +139,9 @@ class KVCache(ABC):
         """How full the cache is now."""
 
 
-def check_tokens(tokens: Array, count: int) -> Array:
-    """TypeError unless they are integers, ValueError unless they are `count` ids that can be: 0 to 2^31 - 1."""
+def check_tokens(tokens: Sequence[int] | Array, count: int) -> Array:
+    """As an array. TypeError unless they are integers, ValueError unless `count` ids that can be: 0 to 2^31 - 1."""
+    tokens = np.asarray(tokens)
     if len(tokens) and tokens.dtype.kind not in "iu":
         raise TypeError(f"tokens has dtype {tokens.dtype}; it must be of integers")
     if tokens.shape != (count,):

@@ -93,7 +93,7 @@ class BlockCache(KVCache):
         if len(added) != len(rows) or added.min(initial=0) < 0:
             raise ValueError(f"counts is {counts}; it must be {len(rows)} numbers of tokens, none below 0")
         if tokens is not None:
-            check_tokens(np.asarray(tokens), int(added.sum()))
+            check_tokens(tokens, int(added.sum()))
         lengths = self._lengths[rows]
         grown = lengths + added
         self._check_longest(rows, grown)

@@ -42,7 +42,7 @@ class Paged(BlockCache):
     def allocate(self, tokens: Sequence[int] | Ints | None = None) -> int:
         if tokens is None:
             return super().allocate()
-        prompt = check_tokens(np.asarray(tokens), len(tokens)).astype(np.int32)
+        prompt = check_tokens(tokens, len(tokens)).astype(np.int32)
         for sequence in np.flatnonzero(self._lengths >= self.block_tokens).tolist():
             self._register(sequence)
         blocks = np.array(list(self._known(prompt)), np.int32)

@@ -43,7 +43,8 @@ static inline size_t attend_state_floats(size_t rows, size_t head_dim) {
     return attend_padded(rows) * (2 + attend_padded(head_dim));
 }
 
-// Scratch for items of `rows` rows: the keys that each sees, its query, its state; the state of a block of rows; a step's values.
+// Scratch for items of `rows` rows: the keys that each sees, its query, its state; the state of a block of rows; a
+// step's values.
 static inline size_t attend_scratch_bytes(size_t rows, size_t head_dim) {
     const size_t padded_dim = attend_padded(head_dim);
     const size_t floats = attend_padded(rows) * (2 + padded_dim) + attend_state_floats(rows, head_dim);

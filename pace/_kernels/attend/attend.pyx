@@ -149,7 +149,7 @@ cdef Run run_of(const attend_args *args, Py_ssize_t sequence, Py_ssize_t first, 
     r.first_split = begin // SPLIT
     r.num_splits = (end + SPLIT - 1) // SPLIT - r.first_split
     r.cost = (last - first) * <Py_ssize_t>args.group * (end - begin)
-    r.pieces = 1
+    r.pieces = 1  # until `divide`
     return r
 
 
@@ -172,24 +172,24 @@ cdef Py_ssize_t list_runs(const attend_args *args, Py_ssize_t sequences, Py_ssiz
 
 
 cdef Py_ssize_t partial_floats(const attend_args *args, const Run *r) noexcept nogil:
-    """What the pieces of a run leave to be merged, of all heads."""
-    return (args.blocks.kv_heads * r.num_splits
-            * attend_state_floats(r.num_queries * args.group, args.blocks.head_dim))
+    """What the pieces of a run leave to be merged, of a head."""
+    return r.num_splits * attend_state_floats(r.num_queries * args.group, args.blocks.head_dim)
 
 
 cdef Py_ssize_t divide(const attend_args *args, Run *runs, Py_ssize_t num_runs) noexcept nogil:
     """Cut the keys of runs that cost far more than a thread's share; returns the floats that all leave."""
-    cdef Py_ssize_t i, floats = 0
+    cdef Py_ssize_t i, more, floats = 0, heads = args.blocks.kv_heads
     cdef int64_t fair_cost = 0
     for i in range(num_runs):
-        fair_cost += runs[i].cost * <Py_ssize_t>args.blocks.kv_heads
+        fair_cost += runs[i].cost * heads
     fair_cost = fair_cost // (num_threads() * ITEMS_PER_THREAD) + 1
     for i in range(num_runs):
         runs[i].pieces = max(1, min(runs[i].num_splits, runs[i].cost // fair_cost))
-        if num_threads() == 1 or floats + partial_floats(args, &runs[i]) > MOST_PARTIAL_FLOATS:
+        more = heads * partial_floats(args, &runs[i])
+        if num_threads() == 1 or floats + more > MOST_PARTIAL_FLOATS:
             runs[i].pieces = 1
         if runs[i].pieces > 1:
-            floats += partial_floats(args, &runs[i])
+            floats += more
     return floats
 
 
@@ -215,7 +215,7 @@ cdef void list_items(const attend_args *args, const Run *runs, Py_ssize_t num_ru
             if pieces > 1:
                 unfinished[shared] = pieces
                 shared += 1
-                partials += r.num_splits * attend_state_floats(r.num_queries * args.group, args.blocks.head_dim)
+                partials += partial_floats(args, r)
 
 
 cdef int attend_runs(attend_args *args, Run *runs, Py_ssize_t num_runs, Py_ssize_t queries) except -1:

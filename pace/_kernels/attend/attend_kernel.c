@@ -20,7 +20,7 @@ struct work {
     float scale, cap;             // of scores; cap is 0 for none
     size_t end;                   // of the keys that its rows see, all together
     int32_t *row_begin, *row_end; // the keys that each sees
-    word *q;                      // (rows, q_words), as words of a
+    word *q;                      // of each tile (q_words, rows), as words of a
     struct state total, block;    // of the splits so far, all rows; of a split, a block's rows
     word *staged;                 // one step's V, where it can't be read in place
 };
@@ -29,7 +29,7 @@ struct work {
 // prefetching loses the thread where groups of keys and of values alternate, and drops what is asked for in one burst.
 enum { FETCH_AHEAD = 4 * STEP };
 
-// Rows that go through a split together, and the keys that they see.
+// A tile's rows, and the keys that they see.
 struct rows {
     size_t first, count, begin, end;
 };
