@@ -73,11 +73,17 @@ class KVCache(ABC):
 
     @abstractmethod
     def __init__(
-        self, shape: CacheShape, capacity_bytes: int, operators: OperatorConfig, block_tokens: int | None = None
+        self,
+        shape: CacheShape,
+        capacity_bytes: int,
+        operators: OperatorConfig,
+        block_tokens: int | None = None,
+        prefix_caching: bool | None = None,
     ) -> None:
         """At most `capacity_bytes`, in blocks of `block_tokens` tokens, a multiple of 16 (None: the cache chooses).
 
-        ValueError where not even one block fits.
+        prefix_caching: whether `allocate` begins a sequence with what the cache has of its prompt; None where that is
+        what the cache is for. ValueError where not even one block fits, or for prefixes that cannot be shared.
         """
 
     @abstractmethod
@@ -131,8 +137,15 @@ class KVCache(ABC):
         """How many tokens a sequence has."""
 
     @abstractmethod
-    def tokens_needed(self, num_tokens: int) -> int:
-        """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks."""
+    def tokens_needed(self, num_tokens: int, prompt: Sequence[int] | Ints | None = None) -> int:
+        """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks.
+
+        Of one that begins with `prompt`, only what free_tokens would be less: not what living sequences hold of it.
+        """
+
+    @abstractmethod
+    def free_tokens(self) -> int:
+        """Capacity that sequences can still take, in tokens."""
 
     @abstractmethod
     def stats(self) -> CacheStats:

@@ -62,9 +62,6 @@ class BlockCache(KVCache):
         """Tokens of capacity that sequences of these lengths hold."""
         return self._blocks_of(lengths) * self.block_tokens
 
-    def _free_tokens(self) -> int:
-        return self._num_free * self.block_tokens
-
     def _take(self, count: int) -> Ints:
         """That many blocks, which there are. It is a view of the free stack, good until blocks are given back."""
         self._num_free -= count
@@ -160,7 +157,10 @@ class BlockCache(KVCache):
             raise ValueError(f"sequence {sequence} is not in the cache")
         return int(self._lengths[sequence])
 
-    def tokens_needed(self, num_tokens: int) -> int:
+    def free_tokens(self) -> int:
+        return self._num_free * self.block_tokens
+
+    def tokens_needed(self, num_tokens: int, prompt: Sequence[int] | Ints | None = None) -> int:
         return self.room_for(num_tokens)
 
     def stats(self) -> CacheStats:
@@ -168,7 +168,7 @@ class BlockCache(KVCache):
         return CacheStats(
             used_tokens=int(self._lengths[self._lengths > 0].sum()),
             capacity_tokens=self.capacity_tokens,
-            used_bytes=(self.capacity_tokens - self._free_tokens()) * per_token,
+            used_bytes=(self.capacity_tokens - self.free_tokens()) * per_token,
             capacity_bytes=self.capacity_tokens * per_token,
         )
 
@@ -182,9 +182,9 @@ class BlockCache(KVCache):
         return blocks
 
     def _require(self, num_tokens: int) -> None:
-        if num_tokens > self._free_tokens():
+        if num_tokens > self.free_tokens():
             raise CacheFull(
-                f"room for {num_tokens} more tokens is needed; {self._free_tokens()} of {self.capacity_tokens} are free"
+                f"room for {num_tokens} more tokens is needed; {self.free_tokens()} of {self.capacity_tokens} are free"
             )
 
     def _rows_of(self, sequences: Sequence[int]) -> Longs:

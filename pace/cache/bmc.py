@@ -18,6 +18,7 @@ class BMC(Contiguous):
         capacity_bytes: int,
         operators: OperatorConfig,
         block_tokens: int | None = None,
+        prefix_caching: bool | None = None,
         splits: int | None = None,
     ) -> None:
         if splits is not None and (splits < 1 or block_tokens is not None):
@@ -28,7 +29,7 @@ class BMC(Contiguous):
             step = -(-shape.max_tokens // splits)
         else:
             step = shape.max_tokens // isqrt(shape.max_tokens)
-        super().__init__(shape, capacity_bytes, operators, step)
+        super().__init__(shape, capacity_bytes, operators, step, prefix_caching)
 
     def _grown(self, steps: Longs) -> Longs:
         return steps

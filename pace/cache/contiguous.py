@@ -40,7 +40,16 @@ def rounded(num_tokens: Count, step: int) -> Count:
 class Contiguous(BlockCache):
     """Here a block is a region: the address space of one sequence."""
 
-    def __init__(self, shape: CacheShape, capacity_bytes: int, operators: OperatorConfig, step: int) -> None:
+    def __init__(
+        self,
+        shape: CacheShape,
+        capacity_bytes: int,
+        operators: OperatorConfig,
+        step: int,
+        prefix_caching: bool | None,
+    ) -> None:
+        if prefix_caching:
+            raise ValueError("prefix_caching needs blocks that sequences can share: use PAGED or SLAB_POOL")
         self.step = rounded(step, page_tokens(shape))
         capacity = blocks_within(shape, capacity_bytes, self.step) * self.step
         region = min(rounded(shape.max_tokens, self.step), capacity)
@@ -61,7 +70,7 @@ class Contiguous(BlockCache):
         held = np.where(steps > 0, room, 0)
         return held if isinstance(lengths, np.ndarray) else int(held)
 
-    def _free_tokens(self) -> int:
+    def free_tokens(self) -> int:
         return self.capacity_tokens - int(self._rooms.sum())
 
     def _make_room(self, rows: Longs, grown: Longs, blocks: int) -> None:

@@ -4,7 +4,7 @@ from pace import host
 from pace.ops import OperatorConfig
 
 from .base import CacheShape, check_block_tokens
-from .blocks import BlockCache, blocks_within
+from .shared import SharedBlocks
 
 BLOCK_TOKENS = (256, 128, 64, 32)
 
@@ -15,13 +15,17 @@ def block_tokens_for(shape: CacheShape, l2_bytes: int) -> int:
     return next((tokens for tokens in BLOCK_TOKENS if tokens * per_token <= l2_bytes // 4), BLOCK_TOKENS[-1])
 
 
-class SlabPool(BlockCache):
-    """A block belongs to one sequence; `fork` copies."""
+class SlabPool(SharedBlocks):
+    """Forks share blocks; prompts that begin alike do where prefix_caching asks for it."""
 
     def __init__(
-        self, shape: CacheShape, capacity_bytes: int, operators: OperatorConfig, block_tokens: int | None = None
+        self,
+        shape: CacheShape,
+        capacity_bytes: int,
+        operators: OperatorConfig,
+        block_tokens: int | None = None,
+        prefix_caching: bool | None = None,
     ) -> None:
         if block_tokens is None:
             block_tokens = block_tokens_for(shape, host.describe().l2_bytes or 512 * 1024)
-        num_blocks = blocks_within(shape, capacity_bytes, check_block_tokens(block_tokens))
-        super().__init__(shape, operators, block_tokens, num_blocks, num_blocks * block_tokens, huge_pages=True)
+        super().__init__(shape, capacity_bytes, operators, check_block_tokens(block_tokens), prefix_caching is True)

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pace.cache import CACHES, CacheShape, Paged
+from pace.cache import CACHES, CacheShape
 from pace.cache.base import CacheFull
+from pace.cache.shared import SharedBlocks
 from pace.cache.slab_pool import block_tokens_for
 from pace.ops import OperatorConfig
 from tests.kernels.arrays import BF16, F32, KINDS
@@ -70,6 +72,7 @@ class Life(RuleBasedStateMachine):
 
     name: str
     kind: np.dtype
+    options: ClassVar = {}
     sequences = Bundle("sequences")
     # Few ids, and blocks of one id, so that many sequences begin alike.
     tokens = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([1, 15, 16, 17, 48])), max_size=4).map(
@@ -84,7 +87,8 @@ class Life(RuleBasedStateMachine):
 
     @initialize(target=sequences, block_tokens=st.sampled_from(BLOCK_TOKENS), blocks=st.integers(1, 20))
     def begin(self, block_tokens, blocks):
-        self.cache = make(self.name, self.kind, block_tokens, blocks)
+        self.cache = make(self.name, self.kind, block_tokens, blocks, **self.options)
+        self.shares_prefixes = getattr(self.cache, "prefix_caching", False)
         return multiple(*(self.allocate_one(None) for _ in range(3)))
 
     @rule(target=sequences, prompt=st.none() | tokens)
@@ -93,12 +97,18 @@ class Life(RuleBasedStateMachine):
 
     def allocate_one(self, prompt):
         least = 0 if prompt is None else self.shared_with_the_living(prompt)
+        total = len(prompt or ()) + 5
+        needed, free = self.cache.tokens_needed(total, prompt), self.cache.free_tokens()
+        assert needed <= self.cache.tokens_needed(total)
         sequence = self.cache.allocate(prompt)
+        held = self.cache.tokens_needed(self.cache.length(sequence))
+        # What is held of the prompt, less what was held before, and what is still to be taken.
+        assert free - self.cache.free_tokens() + self.cache.tokens_needed(total) - held == needed
         assert sequence not in self.histories
         length = self.cache.length(sequence)
         assert length >= least
         if length:
-            assert self.name == "PAGED"
+            assert self.shares_prefixes
             assert length % self.cache.block_tokens == 0
             assert length < len(prompt)
         self.histories[sequence] = follow([], prompt[:length] if length else [])
@@ -106,7 +116,7 @@ class Life(RuleBasedStateMachine):
 
     def shared_with_the_living(self, prompt):
         """Tokens in whole blocks that the prompt, but for its last, has in common with one that lives."""
-        if self.name != "PAGED":
+        if not self.shares_prefixes:
             return 0
         wanted = follow([], prompt[:-1])
         common = [sum(a == b for a, b in zip(wanted, history, strict=False)) for history in self.histories.values()]
@@ -197,7 +207,7 @@ class Life(RuleBasedStateMachine):
         assert stats.used_tokens == sum(lengths)
         assert [self.cache.length(sequence) for sequence in self.histories] == lengths
         most = sum(map(self.cache.tokens_needed, lengths)) * per_token
-        assert stats.used_bytes <= most if isinstance(self.cache, Paged) else stats.used_bytes == most
+        assert stats.used_bytes <= most if isinstance(self.cache, SharedBlocks) else stats.used_bytes == most
         assert max(lengths, default=0) * per_token <= stats.used_bytes <= stats.capacity_bytes
         assert stats.used_bytes + stats.cached_bytes <= stats.capacity_bytes
 
@@ -213,24 +223,38 @@ class Life(RuleBasedStateMachine):
             self.cache.append([everything], [1])
 
 
-def live(name, kind, examples, steps):
-    machine = type("Machine", (Life,), {"name": name, "kind": kind})
+def live(name, kind, options, examples, steps):
+    machine = type("Machine", (Life,), {"name": name, "kind": kind, "options": options})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None)
     )
 
 
+LIVES = [
+    *((name, {}) for name in CACHES),
+    ("SLAB_POOL", {"prefix_caching": True}),
+    ("PAGED", {"prefix_caching": False}),
+]
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("name", CACHES)
-def test_a_random_life(name, kind):
-    live(name, kind, examples=80, steps=40)
+@pytest.mark.parametrize(("name", "options"), LIVES)
+def test_a_random_life(name, kind, options):
+    live(name, kind, options, examples=80, steps=40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("name", CACHES)
-def test_many_random_lives(name, kind):
-    live(name, kind, examples=1500, steps=80)
+@pytest.mark.parametrize(("name", "options"), LIVES)
+def test_many_random_lives(name, kind, options):
+    live(name, kind, options, examples=1500, steps=80)
+
+
+@pytest.mark.parametrize("name", ["BMC", "DYNAMIC"])
+def test_contiguous_caches_share_no_prefixes(name):
+    assert make(name, prefix_caching=False).stats().prefix_hits == 0
+    with pytest.raises(ValueError, match="prefix_caching needs blocks that sequences can share: use PAGED or SLAB"):
+        make(name, prefix_caching=True)
 
 
 @pytest.fixture(params=CACHES)
@@ -253,8 +277,8 @@ def test_a_full_cache_changes_nothing(name):
         with pytest.raises(CacheFull, match=r"room for \d+ more tokens is needed; \d+ of \d+ are free"):
             cache.append(sequences, counts)
         with pytest.raises(CacheFull, match="needed"):
-            cache.fork(first) if name != "PAGED" else cache.append([cache.fork(first)], [2 * block])
-        if name == "PAGED":
+            cache.append([cache.fork(first)], [2 * block])
+        if isinstance(cache, SharedBlocks):  # where a fork needs no room
             cache.free(2)
     assert (cache.length(first), cache.length(second)) == (count, 0)
     again = [cache.attend(layer, q, k, k, placement, SCALE) for layer in range(LAYERS)]

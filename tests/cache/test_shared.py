@@ -1,4 +1,6 @@
-"""What PAGED alone does: blocks that several sequences hold, and beginnings that are known by their content."""
+"""Blocks that several sequences hold, and beginnings that are known by their content: PAGED and SLAB_POOL."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,16 +11,22 @@ from pace.cache import CacheFull
 from tests.kernels.arrays import F32
 
 from .small import GROUP, HEAD_DIM, KV_HEADS, LAYERS, SCALE, fill, make, shape
-from .test_caches import Life
+from .test_caches import LIVES, Life
 
 BLOCK = 16
 BLOCK_BYTES = BLOCK * shape().bytes_per_token
 
 
-class Paged(Life):
+@pytest.fixture(params=["PAGED", "SLAB_POOL"])
+def new(request):
+    """Makes a cache that knows beginnings."""
+    return partial(make, request.param, prefix_caching=True)
+
+
+class Books(Life):
     """The same life, with the books checked after each step."""
 
-    name, kind = "PAGED", F32
+    kind = F32
 
     @invariant()
     def every_block_is_accounted_for(self):
@@ -29,13 +37,16 @@ class Paged(Life):
         assert sorted(free) == np.flatnonzero(holders == 0).tolist()
         assert np.array_equal(cache._sharers[holders > 0], holders[holders > 0] - 1)
         assert not cache._sharers[free].any()
+        assert cache._num_shared == cache._sharers.sum()
         assert set(cache._idle) == set(cache._digests) - set(held)
         assert {block: digest for digest, block in cache._index.items()} == cache._digests
         assert cache.stats().used_bytes == len(set(held)) * cache.block_bytes
 
 
-def test_every_block_is_accounted_for():
-    run_state_machine_as_test(Paged, settings=settings(max_examples=100, stateful_step_count=40, deadline=None))
+@pytest.mark.parametrize(("name", "options"), [life for life in LIVES if life[0] in ("PAGED", "SLAB_POOL")])
+def test_every_block_is_accounted_for(name, options):
+    machine = type("Machine", (Books,), {"name": name, "options": options})
+    run_state_machine_as_test(machine, settings=settings(max_examples=100, stateful_step_count=40, deadline=None))
 
 
 def tokens_of(*runs):
@@ -67,8 +78,8 @@ def mean_of(cache, sequence, layer=LAYERS - 1):
     return float(out[0, 0, 0]) * (length + 1) / length
 
 
-def test_a_prompt_begins_with_what_is_there():
-    cache = make("PAGED", blocks=20)
+def test_a_prompt_begins_with_what_is_there(new):
+    cache = new(blocks=20)
     first = add(cache, tokens_of(1, 2, 3, 4))
     for prompt, length in (
         (tokens_of(1, 2, 3, 4), 3 * BLOCK),  # the last token is left to be computed
@@ -90,9 +101,9 @@ def test_a_prompt_begins_with_what_is_there():
     assert cache.length(first) == 4 * BLOCK
 
 
-def test_tokens_after_a_prompt_are_known_too():
+def test_tokens_after_a_prompt_are_known_too(new):
     """Those of an answer, which came one by one; not before the block is full."""
-    cache = make("PAGED", blocks=20)
+    cache = new(blocks=20)
     first = add(cache, tokens_of(1, 2)[:-2])
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == BLOCK
     for token in (2, 2):
@@ -100,8 +111,8 @@ def test_tokens_after_a_prompt_are_known_too():
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == 2 * BLOCK
 
 
-def test_what_was_said_without_its_tokens_is_nobodys():
-    cache = make("PAGED", blocks=20)
+def test_what_was_said_without_its_tokens_is_nobodys(new):
+    cache = new(blocks=20)
     first = add(cache, tokens_of(1))
     fill(cache, first, BLOCK)
     add(cache, tokens_of(3), first)
@@ -112,8 +123,8 @@ def test_what_was_said_without_its_tokens_is_nobodys():
         cache.append([cache.allocate()], [4], np.zeros(3, np.int32))
 
 
-def test_it_stays_when_its_sequence_is_gone():
-    cache = make("PAGED", blocks=20)
+def test_it_stays_when_its_sequence_is_gone(new):
+    cache = new(blocks=20)
     cache.free(add(cache, tokens_of(1, 2, 3)))
     stats = cache.stats()
     assert (stats.used_bytes, stats.cached_bytes) == (0, 3 * BLOCK_BYTES)
@@ -123,8 +134,8 @@ def test_it_stays_when_its_sequence_is_gone():
     assert mean_of(cache, again) == pytest.approx(2)
 
 
-def test_the_longest_idle_goes_first_and_the_end_before_the_beginning():
-    cache = make("PAGED", blocks=6)
+def test_the_longest_idle_goes_first_and_the_end_before_the_beginning(new):
+    cache = new(blocks=6)
     for tokens in (tokens_of(1, 2, 3), tokens_of(4, 5)):
         cache.free(add(cache, tokens))
     cache.free(cache.allocate(tokens_of(1, 9)))  # so that 1 is the one used last, and 3 and 2 the longest idle
@@ -147,8 +158,8 @@ def test_the_longest_idle_goes_first_and_the_end_before_the_beginning():
         cache.append([filler], [1])
 
 
-def test_a_failed_append_evicts_nothing():
-    cache = make("PAGED", blocks=4)
+def test_a_failed_append_evicts_nothing(new):
+    cache = new(blocks=4)
     cache.free(add(cache, tokens_of(1, 2)))
     sequence = cache.allocate()
     with pytest.raises(CacheFull):
@@ -156,8 +167,8 @@ def test_a_failed_append_evicts_nothing():
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == 2 * BLOCK
 
 
-def test_a_fork_costs_nothing_until_it_goes_on():
-    cache = make("PAGED", blocks=6)
+def test_a_fork_costs_nothing_until_it_goes_on(new):
+    cache = new(blocks=6)
     first = add(cache, tokens_of(1, 2, 3)[:-5])
     forks = [cache.fork(first) for _ in range(50)]
     assert cache.stats().used_bytes == 3 * BLOCK_BYTES
@@ -172,10 +183,10 @@ def test_a_fork_costs_nothing_until_it_goes_on():
     assert mean_of(cache, first) == pytest.approx(tokens_of(1, 2, 3)[:-5].mean())
 
 
-def test_the_last_of_those_who_go_on_keeps_the_block():
+def test_the_last_of_those_who_go_on_keeps_the_block(new):
     """Two forks need one block more, not two; and where that one is not there, nothing has changed."""
     for blocks, fits in ((2, True), (1, False)):
-        cache = make("PAGED", blocks=blocks)
+        cache = new(blocks=blocks)
         first = add(cache, tokens_of(1)[:5])
         fork = cache.fork(first)
         if fits:
@@ -189,8 +200,8 @@ def test_the_last_of_those_who_go_on_keeps_the_block():
             assert cache.length(first) == cache.length(fork) == 5
 
 
-def test_a_block_that_is_written_anew_is_not_known_by_its_old_content():
-    cache = make("PAGED", blocks=8)
+def test_a_block_that_is_written_anew_is_not_known_by_its_old_content(new):
+    cache = new(blocks=8)
     first = add(cache, tokens_of(1, 2))
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == 2 * BLOCK
     cache.free(1)
@@ -203,8 +214,8 @@ def test_a_block_that_is_written_anew_is_not_known_by_its_old_content():
     assert mean_of(cache, again) == pytest.approx(mixed[:-1].mean())
 
 
-def test_a_block_that_others_hold_is_copied_before_it_is_written_anew():
-    cache = make("PAGED", blocks=8)
+def test_a_block_that_others_hold_is_copied_before_it_is_written_anew(new):
+    cache = new(blocks=8)
     first = add(cache, tokens_of(1, 2))
     other = cache.allocate(tokens_of(1, 2, 3))
     cache.truncate(first, BLOCK + 4)
@@ -214,8 +225,8 @@ def test_a_block_that_others_hold_is_copied_before_it_is_written_anew():
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == 2 * BLOCK
 
 
-def test_a_copy_is_known_by_all_of_its_content():
-    cache = make("PAGED", blocks=8)
+def test_a_copy_is_known_by_all_of_its_content(new):
+    cache = new(blocks=8)
     cache.free(add(cache, tokens_of(9, 8, 7)[:-1]))  # no block is as new
     first = add(cache, tokens_of(1)[:5])
     fork = cache.fork(first)
@@ -226,9 +237,9 @@ def test_a_copy_is_known_by_all_of_its_content():
     assert mean_of(cache, again) == pytest.approx(1)
 
 
-def test_what_was_taken_back_was_never_there():
+def test_what_was_taken_back_was_never_there(new):
     """A step that failed: its tokens have no keys, and nobody may begin with them."""
-    cache = make("PAGED", blocks=8)
+    cache = new(blocks=8)
     first = add(cache, tokens_of(1))
     cache.append([first], [BLOCK], tokens_of(2))
     cache.truncate(first, BLOCK)
@@ -236,8 +247,8 @@ def test_what_was_taken_back_was_never_there():
     assert cache.length(cache.allocate(tokens_of(1, 2, 3))) == BLOCK
 
 
-def test_what_was_computed_twice_is_kept_once():
-    cache = make("PAGED", blocks=8)
+def test_what_was_computed_twice_is_kept_once(new):
+    cache = new(blocks=8)
     both = [cache.allocate(tokens_of(1, 2)) for _ in range(2)]  # nobody has it yet
     for sequence in both:
         add(cache, tokens_of(1, 2), sequence)
