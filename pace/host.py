@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .sysfs import kib, read_cpu_list, read_fields, read_text
+
 # CPUID family, first and last model, codename, core. Bergamo and Siena share their models: the name tells.
 _EPYC = (
     (0x17, 0x00, 0x0F, "Naples", "Zen 1"),
@@ -49,8 +51,8 @@ class Host:
 
 def describe(root: Path = Path("/")) -> Host:
     """The host, as the /proc and /sys under `root` describe it."""
-    info = _fields(root / "proc/cpuinfo")
-    memory = _fields(root / "proc/meminfo")
+    info = read_fields(root / "proc/cpuinfo")
+    memory = read_fields(root / "proc/meminfo")
     name = info.get("model name") or platform.processor() or platform.machine()
     devices = root / "sys/devices/system"
     cpus = sorted(devices.glob("cpu/cpu[0-9]*"))
@@ -61,14 +63,14 @@ def describe(root: Path = Path("/")) -> Host:
         generation=_generation_of(info, name),
         num_cpus=_num_cpus(),
         threads_per_core=_threads_per_core(cpus),
-        sockets=len({_text(cpu / "topology/physical_package_id") for cpu in cpus} - {None}) or None,
+        sockets=len({read_text(cpu / "topology/physical_package_id") for cpu in cpus} - {None}) or None,
         numa_nodes=len(list(devices.glob("node/node[0-9]*"))) or None,
         l1d_bytes=sizes.get(1) or _sysconf("SC_LEVEL1_DCACHE_SIZE"),
         l2_bytes=sizes.get(2) or _sysconf("SC_LEVEL2_CACHE_SIZE"),
         l3_bytes=sizes.get(3) or _sysconf("SC_LEVEL3_CACHE_SIZE"),
         l3_total_bytes=sum(size for (level, _), size in caches.items() if level == 3) or None,
-        memory_bytes=_kib(memory, "MemTotal") or _physical_memory(),
-        memory_available_bytes=_kib(memory, "MemAvailable"),
+        memory_bytes=kib(memory, "MemTotal") or _physical_memory(),
+        memory_available_bytes=kib(memory, "MemAvailable"),
     )
 
 
@@ -95,17 +97,17 @@ def _num_cpus() -> int:
 
 
 def _threads_per_core(cpus: list[Path]) -> int | None:
-    siblings = [_text(cpu / "topology/thread_siblings_list") for cpu in cpus]
-    return max((_length(text) for text in siblings if text), default=None)
+    siblings = [len(read_cpu_list(cpu / "topology/thread_siblings_list")) for cpu in cpus]
+    return max(siblings, default=0) or None
 
 
 def _caches(cpus: list[Path]) -> dict[tuple[int, str], int]:
     """Bytes of each data cache, by level and the CPUs that share it."""
     caches = {}
     for index in (index for cpu in cpus for index in cpu.glob("cache/index[0-9]*")):
-        level, size, kind = (_text(index / name) for name in ("level", "size", "type"))
+        level, size, kind = (read_text(index / name) for name in ("level", "size", "type"))
         if level and size and kind != "Instruction":
-            caches[int(level), _text(index / "shared_cpu_list") or ""] = _bytes(size)
+            caches[int(level), read_text(index / "shared_cpu_list") or ""] = _bytes(size)
     return caches
 
 
@@ -113,33 +115,6 @@ def _bytes(size: str) -> int:
     """The bytes in "32768K"."""
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1:])
     return int(size[:-1]) * unit if unit else int(size)
-
-
-def _length(cpu_list: str) -> int:
-    """How many CPUs there are in "0-3,8"."""
-    spans = [span.split("-") for span in cpu_list.split(",")]
-    return sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip() or None
-    except OSError:
-        return None
-
-
-def _fields(path: Path) -> dict[str, str]:
-    """The "name : value" lines of a file, each name's first."""
-    fields: dict[str, str] = {}
-    for line in (_text(path) or "").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    return fields
-
-
-def _kib(memory: dict[str, str], name: str) -> int | None:
-    value = memory.get(name, "").removesuffix(" kB")
-    return int(value) * 1024 if value.isdigit() else None
 
 
 def _sysconf(name: str) -> int | None:

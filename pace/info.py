@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import isa, kernels
+from . import isa, kernels, numa
 from .host import Host
 from .host import describe as describe_host
 from .models import DTYPES
@@ -27,7 +27,9 @@ class Info:
     rung: str
     missing: dict[str, list[str]]  # what this host or build lacks, by each higher rung that it cannot run
     operations: dict[str, str]  # the rung that each operation runs on
-    num_threads: int
+    num_threads: int  # of kernels that no engine has settled
+    l3_domains: int | None
+    place: numa.Place | None  # where an engine settles; None: where it is
     versions: dict[str, str | None]  # None: not installed
     roofline: Roofline | None
     operators: dict[str, dict[str, list[str]]] | None  # the dtypes that each backend serves, by operator
@@ -38,12 +40,15 @@ def collect(*, roofline: bool = False, operators: bool = False) -> Info:
     """Everything about this host and build; `roofline=True` measures the machine as well (half a second), and
     `operators=True` asks every backend what it serves.
     """
+    topology = numa.topology()
     return Info(
         host=describe_host(),
         rung=isa.RUNG,
         missing={rung: isa.missing(rung) for rung in isa.RUNGS if rung not in isa.AVAILABLE},
         operations={name: _rung_of(name) for name in kernels.OPERATIONS},
         num_threads=isa.get_num_threads(),
+        l3_domains=topology.num_l3,
+        place=numa.choose(topology, numa.allowed(), isa.asked_num_threads()),
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         roofline=measure() if roofline else None,
         operators={name: _served(name) for name in registry.OPERATORS} if operators else None,
@@ -67,10 +72,10 @@ def _rows(info: Info) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [
         ("CPU", f"{host.cpu}  [dim]({host.generation})[/]" if host.generation else host.cpu),
         ("cores", _cores(host)),
-        ("caches", _caches(host)),
+        ("caches", _caches(host, info.l3_domains)),
         ("memory", f"{_size(host.memory_bytes)}, {_size(host.memory_available_bytes)} available"),
         ("rung", _rung(info)),
-        ("threads", str(info.num_threads)),
+        ("threads", _threads(info)),
         ("versions", "  ".join(f"{name} {found or '[dim]not installed[/]'}" for name, found in info.versions.items())),
     ]
     return [*rows, ("roofline", describe_roofline(info.roofline))] if info.roofline else rows
@@ -96,8 +101,14 @@ def _cores(host: Host) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _caches(host: Host) -> str:
-    total = f" [dim]({_size(host.l3_total_bytes)} in all)[/]" if host.l3_total_bytes != host.l3_bytes else ""
+def _threads(info: Info) -> str:
+    """ "192 · an engine settles on node 1: 48 threads on 48 CPUs" """
+    return f"{info.num_threads} · an engine settles on {info.place}" if info.place else str(info.num_threads)
+
+
+def _caches(host: Host, l3_domains: int | None) -> str:
+    domains = f"{_count(l3_domains, 'domain')}, " if l3_domains else ""
+    total = f" [dim]({domains}{_size(host.l3_total_bytes)} in all)[/]" if host.l3_total_bytes != host.l3_bytes else ""
     return f"L1d {_size(host.l1d_bytes)} · L2 {_size(host.l2_bytes)} · L3 {_size(host.l3_bytes)}{total}"
 
 

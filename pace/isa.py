@@ -91,9 +91,16 @@ def get_num_threads() -> int:
     return 1 if runtime is None else int(runtime.get_num_threads())
 
 
-def set_num_threads(num_threads: int) -> None:
-    """Set how many threads a kernel call may use. Results do not depend on it."""
-    if num_threads < 1:
+def asked_num_threads() -> int | None:
+    """The number of threads that set_num_threads or OMP_NUM_THREADS asks for; None where neither does."""
+    return None if runtime is None else runtime.asked_num_threads()
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Set how many threads a kernel call may use; None: as many as OMP_NUM_THREADS or the CPUs say. Results do not
+    depend on it.
+    """
+    if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
     if runtime is not None:
         runtime.set_num_threads(num_threads)

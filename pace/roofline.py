@@ -125,7 +125,7 @@ def _buffer_bytes() -> int:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[int]:
-    before = isa.get_num_threads()
+    before = isa.asked_num_threads()
     isa.set_num_threads(count)
     try:
         yield count

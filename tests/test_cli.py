@@ -473,3 +473,5 @@ def test_info():
     assert found["operators"]["norm"]["REFERENCE"] == ["bfloat16", "float32"]
     assert found["operators"]["norm"]["NATIVE"] == ([] if isa.RUNG == "reference" else ["bfloat16", "float32"])
     assert found["roofline"]["read_bytes_per_second"] > 1e8
+    assert found["l3_domains"] is None or found["l3_domains"] >= 1
+    assert found["place"] is None or found["place"]["cpus"]

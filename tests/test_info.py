@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from rich.console import Console
 
 from pace import info, isa, kernels
+from pace.numa import Place
 from pace.roofline import Roofline
 
 
@@ -33,6 +34,17 @@ def test_an_unknown_host_and_a_missing_torch_render():
     text = rendered(data)
     assert "8 CPUs usable" in text
     assert "not installed" in text
+
+
+def test_a_machine_of_several_nodes_shows_its_place():
+    data = info.collect()
+    host = replace(data.host, sockets=2, numa_nodes=8, l3_bytes=32 << 20, l3_total_bytes=24 * 32 << 20)
+    place = Place((1,), tuple(range(24, 48)), 24, 1)
+    text = rendered(replace(data, host=host, num_threads=384, l3_domains=24, place=place))
+    assert "2 sockets · 8 NUMA nodes" in text
+    assert "L3 32 MiB (24 domains, 768 MiB in all)" in text
+    assert "384 · an engine settles on node 1: 24 threads on 24 CPUs" in text
+    assert "settles" not in rendered(replace(data, place=None))
 
 
 def test_roofline_in_units_that_people_use():

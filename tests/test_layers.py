@@ -22,9 +22,10 @@ ORDER = [
     ("ops",),
     ("kernels",),
     ("roofline",),
+    ("numa",),
     ("isa", "host"),
     ("_kernels", "reference"),
-    ("errors",),
+    ("errors", "sysfs", "memory_policy"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 MODULES = sorted(PACE.rglob("*.py"))

@@ -104,6 +104,19 @@ def print_num_threads():
     print(isa.get_num_threads())
 
 
+def ask_and_cease():
+    from pace.roofline import measure
+
+    before = isa.asked_num_threads(), isa.get_num_threads()
+    measure(1, seconds=0.02)  # for its own ends, which is not the user's asking
+    assert (isa.asked_num_threads(), isa.get_num_threads()) == before
+    isa.set_num_threads(5)
+    assert isa.asked_num_threads() == isa.get_num_threads() == 5
+    isa.set_num_threads(None)
+    assert (isa.asked_num_threads(), isa.get_num_threads()) == before
+    print(*before)
+
+
 def test_beside_torch_and_from_many_python_threads():
     pytest.importorskip("torch")
     assert in_a_process(alternate_with_torch) == "same"
@@ -121,6 +134,11 @@ def test_omp_num_threads_is_honoured():
     assert in_a_process(print_num_threads, OMP_NUM_THREADS="1") == "1"
     assert in_a_process(print_num_threads, OMP_NUM_THREADS="3") == "3"
     assert in_a_process(print_num_threads) == str(len(os.sched_getaffinity(0)))
+
+
+def test_who_asks_for_threads_is_known():
+    assert in_a_process(ask_and_cease, OMP_NUM_THREADS="3") == "3 3"
+    assert in_a_process(ask_and_cease) == f"None {len(os.sched_getaffinity(0))}"
 
 
 def test_threads_are_at_least_one():

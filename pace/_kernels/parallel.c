@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -40,8 +41,10 @@ static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static atomic_int sleepers;
 
-static size_t num_helpers;     // that exist
-static atomic_int num_threads; // as asked for; 0 until then
+static size_t num_helpers;         // of the crew
+static atomic_uint crew;           // which crew of helpers serves; those of an earlier one leave
+static atomic_int asked_threads;   // by pace_set_num_threads; 0: nobody asks
+static atomic_int default_threads; // where nobody asks; 0 until it is needed
 static _Atomic(pace_hook) hook;
 
 static void relax(void) { __builtin_ia32_pause(); }
@@ -55,15 +58,31 @@ static int available_cpus(void) {
     return (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
-int pace_num_threads(void) {
-    int count = atomic_load(&num_threads);
-    if (count) return count;
-    const char *asked = getenv("OMP_NUM_THREADS");
-    const int wanted = asked ? atoi(asked) : 0;
-    const int initial = wanted > 0 ? wanted : available_cpus();
-    return atomic_compare_exchange_strong(&num_threads, &count, initial) ? initial : count;
+// Read once: a program may change its environment while kernels run.
+static int environment_threads(void) {
+    static atomic_int found = -1;
+    if (atomic_load(&found) < 0) {
+        const char *variable = getenv("OMP_NUM_THREADS");
+        const int wanted = variable ? atoi(variable) : 0;
+        atomic_store(&found, wanted > 0 ? wanted : 0);
+    }
+    return atomic_load(&found);
 }
-void pace_set_num_threads(int n) { atomic_store(&num_threads, n); }
+
+int pace_asked_threads(void) {
+    const int asked = atomic_load(&asked_threads);
+    return asked ? asked : environment_threads();
+}
+
+int pace_num_threads(void) {
+    const int asked = pace_asked_threads();
+    if (asked) return asked;
+    int count = atomic_load(&default_threads);
+    if (count) return count;
+    const int initial = available_cpus();
+    return atomic_compare_exchange_strong(&default_threads, &count, initial) ? initial : count;
+}
+void pace_set_num_threads(int n) { atomic_store(&asked_threads, n); }
 void pace_set_hook(pace_hook h) { atomic_store(&hook, h); }
 
 // Every thread takes the next piece until none is left.
@@ -97,10 +116,10 @@ static unsigned next_call(unsigned last) {
 }
 
 // Whichever helpers come first take the threads' places of a call: any that is free will do.
-static void *help(void *unused) {
-    (void)unused;
+static void *help(void *of_crew) {
     for (unsigned last = 0;;) {
         last = next_call(last);
+        if (atomic_load(&crew) != (uintptr_t)of_crew) return NULL;
         if (!enter()) continue;
         const size_t thread = atomic_fetch_add_explicit(&job.next_thread, 1, memory_order_relaxed);
         if (thread < job.threads) take_pieces(thread);
@@ -119,8 +138,15 @@ static void forget_helpers(void) {
     pthread_cond_init(&wake, NULL);
 }
 
-static bool survives_fork;
-static void prepare_for_fork(void) { survives_fork = pthread_atfork(NULL, NULL, forget_helpers) == 0; }
+static bool forgets;
+static void prepare_for_fork(void) { forgets = pthread_atfork(NULL, NULL, forget_helpers) == 0; }
+
+// To be asked before any lock that a fork could find taken.
+static bool survives_fork(void) {
+    static pthread_once_t prepared = PTHREAD_ONCE_INIT;
+    pthread_once(&prepared, prepare_for_fork);
+    return forgets;
+}
 
 // As many helpers as the system gives, up to `wanted`. The program's signals are for its own threads; a helper takes
 // only those of its own faults.
@@ -135,11 +161,32 @@ static void raise_helpers(size_t wanted) {
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     while (num_helpers < wanted) {
         pthread_t thread;
-        if (pthread_create(&thread, &detached, help, NULL) != 0) break;
+        if (pthread_create(&thread, &detached, help, (void *)(uintptr_t)atomic_load(&crew)) != 0) break;
         num_helpers++;
     }
     pthread_attr_destroy(&detached);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static void call_helpers(void) {
+    atomic_fetch_add(&calls, 1);
+    if (atomic_load(&sleepers)) {
+        pthread_mutex_lock(&sleep_lock);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&sleep_lock);
+    }
+}
+
+// A helper of the crew before that has just seen itself in service may still help with one call: there is room for it.
+void pace_renew_helpers(int threads) {
+    atomic_store(&default_threads, threads);
+    if (!survives_fork()) return;
+    pthread_mutex_lock(&caller);
+    atomic_fetch_add(&crew, 1);
+    call_helpers();
+    num_helpers = 0;
+    raise_helpers(smaller((size_t)pace_num_threads(), MAX_THREADS) - 1);
+    pthread_mutex_unlock(&caller);
 }
 
 // With `caller` held.
@@ -148,12 +195,7 @@ static void share(size_t threads) {
     atomic_store_explicit(&job.next, 0, memory_order_relaxed);
     atomic_store_explicit(&job.next_thread, 1, memory_order_relaxed);
     atomic_store_explicit(&gate, 0, memory_order_release);
-    atomic_fetch_add(&calls, 1);
-    if (atomic_load(&sleepers)) {
-        pthread_mutex_lock(&sleep_lock);
-        pthread_cond_broadcast(&wake);
-        pthread_mutex_unlock(&sleep_lock);
-    }
+    call_helpers();
     take_pieces(0);
     atomic_fetch_or_explicit(&gate, SHUT, memory_order_acquire);
     for (int spin = 0; atomic_load_explicit(&gate, memory_order_acquire) != SHUT; spin++)
@@ -174,12 +216,10 @@ int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, b
     char *scratch = NULL;
     if (stride && !(scratch = aligned_alloc(ALIGNMENT, stride * threads))) return -1;
 
-    static pthread_once_t prepared = PTHREAD_ONCE_INIT;
-    if (threads > 1) pthread_once(&prepared, prepare_for_fork); // before any lock that a fork could find taken
     // A second thread of the program that calls at the same time does its work itself.
     if (instead) {
         instead(worker, args, 0, items, scratch);
-    } else if (threads == 1 || !survives_fork || pthread_mutex_trylock(&caller) != 0) {
+    } else if (threads == 1 || !survives_fork() || pthread_mutex_trylock(&caller) != 0) {
         worker(args, 0, items, scratch);
     } else {
         const size_t piece = even ? items / (threads * PIECES_PER_THREAD) : 0;

@@ -12,6 +12,8 @@ cdef extern from "parallel.h" nogil:
     ctypedef void (*pace_hook)(pace_worker worker, const void *args, size_t begin, size_t end, void *scratch) noexcept
     int pace_num_threads()
     void pace_set_num_threads(int num_threads)
+    int pace_asked_threads()
+    void pace_renew_helpers(int threads)
     void pace_set_hook(pace_hook hook)
     int pace_run(pace_worker worker, const void *args, size_t items, size_t grain, bint even, size_t scratch_bytes)
 
@@ -65,10 +67,22 @@ def get_num_threads():
     return pace_num_threads()
 
 
-def set_num_threads(int num_threads):
-    if num_threads < 1:
+def asked_num_threads():
+    return pace_asked_threads() or None
+
+
+def set_num_threads(num_threads):
+    if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
-    pace_set_num_threads(num_threads)
+    pace_set_num_threads(num_threads or 0)
+
+
+def renew_helpers(int num_threads):
+    """New helpers, raised by this thread: they have its CPUs and its memory policy. Where nobody asks for a number of
+    threads, there are `num_threads`, or with 0 as many as this thread has CPUs.
+    """
+    with nogil:
+        pace_renew_helpers(num_threads)
 
 
 cdef void _call_hook(pace_worker worker, const void *args, size_t begin, size_t end, void *scratch) noexcept with gil:
