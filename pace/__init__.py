@@ -12,8 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.async_engine import AsyncEngine
     from .engine.request import CompletionOutput, Logprob, RequestOutput
     from .engine.sampling_params import SamplingParams
+    from .engine.structured import StructuredOutputsParams
     from .errors import ModelError
     from .isa import get_num_threads, set_num_threads
     from .llm import LLM
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "Logprob",
     "ModelError",
     "OperatorConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "get_num_threads",
     "set_num_threads",
 ]
@@ -34,12 +38,14 @@ __all__ = [
 # Imported when first asked for: `from pace import isa` should not load an engine.
 _HOMES = {
     "LLM": "llm",
+    "AsyncEngine": "engine.async_engine",
     "CompletionOutput": "engine.request",
     "Logprob": "engine.request",
     "ModelError": "errors",
     "OperatorConfig": "ops",
     "RequestOutput": "engine.request",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputsParams": "engine.structured",
     "get_num_threads": "isa",
     "set_num_threads": "isa",
 }

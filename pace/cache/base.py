@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from pace.reference.arrays import Array, Float
 from pace.reference.store_kv import GROUP
 
 Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Count = TypeVar("Count", int, Longs)
 
 
 class CacheFull(RuntimeError):
@@ -58,7 +61,7 @@ class Placement:
     starts: Ints  # (sequences + 1,)
     lengths: Ints  # (sequences,) with the new tokens
     block_tables: Ints  # (sequences, blocks)
-    slots: NDArray[np.int64]  # (tokens,)
+    slots: Longs  # (tokens,)
     spans: Ints | None = None  # (tokens, 2) positions that see each other in both directions; see reference.attend
 
 
@@ -137,8 +140,9 @@ class KVCache(ABC):
         """How many tokens a sequence has."""
 
     @abstractmethod
-    def tokens_needed(self, num_tokens: int, prompt: Sequence[int] | Ints | None = None) -> int:
-        """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks.
+    def tokens_needed(self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None) -> Count:
+        """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks. For several, an
+        array of int64.
 
         Of one that begins with `prompt`, only what free_tokens would be less: not what living sequences hold of it.
         """

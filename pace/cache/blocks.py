@@ -6,20 +6,15 @@ all sequences, blocks and tokens at once.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pace.ops import Attention, OperatorConfig
 from pace.reference.arrays import Array, Float
 from pace.reference.store_kv import GROUP, kv_shapes
 
-from .base import CacheFull, CacheShape, CacheStats, Ints, KVCache, Placement, check_tokens
+from .base import CacheFull, CacheShape, CacheStats, Count, Ints, KVCache, Longs, Placement, check_tokens
 from .memory import Memory
-
-Longs = NDArray[np.int64]
-Count = TypeVar("Count", int, Longs)
 
 ENDED = -1  # the length of what is no sequence
 
@@ -160,7 +155,7 @@ class BlockCache(KVCache):
     def free_tokens(self) -> int:
         return self._num_free * self.block_tokens
 
-    def tokens_needed(self, num_tokens: int, prompt: Sequence[int] | Ints | None = None) -> int:
+    def tokens_needed(self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None) -> Count:
         return self.room_for(num_tokens)
 
     def stats(self) -> CacheStats:

@@ -4,8 +4,7 @@ from math import isqrt
 
 from pace.ops import OperatorConfig
 
-from .base import CacheShape, check_block_tokens
-from .blocks import Longs
+from .base import CacheShape, Longs, check_block_tokens
 from .contiguous import Contiguous
 
 

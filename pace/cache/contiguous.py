@@ -19,8 +19,8 @@ import numpy as np
 from pace.ops import OperatorConfig
 from pace.reference.store_kv import GROUP
 
-from .base import CacheShape, Ints
-from .blocks import BlockCache, Count, Longs, blocks_within
+from .base import CacheShape, Count, Ints, Longs
+from .blocks import BlockCache, blocks_within
 from .memory import PAGE
 
 ADDRESS_SPACE = 16 << 40  # at most, of the 128 TiB that a process has

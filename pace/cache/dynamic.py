@@ -5,8 +5,7 @@ import numpy as np
 from pace.ops import OperatorConfig
 from pace.reference.store_kv import GROUP
 
-from .base import CacheShape, check_block_tokens
-from .blocks import Longs
+from .base import CacheShape, Longs, check_block_tokens
 from .contiguous import Contiguous
 
 

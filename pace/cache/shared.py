@@ -16,8 +16,8 @@ import numpy as np
 
 from pace.ops import OperatorConfig
 
-from .base import CacheShape, CacheStats, Ints, Placement, check_tokens
-from .blocks import BlockCache, Longs, blocks_within
+from .base import CacheShape, CacheStats, Count, Ints, Longs, Placement, check_tokens
+from .blocks import BlockCache, blocks_within
 
 UNKNOWN = -1  # a token whose id was not given
 
@@ -71,7 +71,7 @@ class SharedBlocks(BlockCache):
             self._register(sequence)
         super().free(sequence)
 
-    def tokens_needed(self, num_tokens: int, prompt: Sequence[int] | Ints | None = None) -> int:
+    def tokens_needed(self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None) -> Count:
         needed = super().tokens_needed(num_tokens)
         if prompt is None or not self.prefix_caching:
             return needed

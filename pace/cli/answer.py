@@ -7,10 +7,11 @@ from types import FrameType
 from typing import Self
 
 from pace import isa
+from pace.engine.intake import Prompt
 from pace.engine.request import RequestOutput
 from pace.engine.sampling_params import SamplingParams
 from pace.errors import ModelError
-from pace.llm import LLM, Prompt
+from pace.llm import LLM
 
 
 @dataclass(frozen=True)

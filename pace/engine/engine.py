@@ -1,85 +1,197 @@
-"""The one loop: next batch → forward → sample → retire. Knows token ids, and text only through a request's stream."""
+"""The one loop: next batch → forward → sample → retire. Knows token ids, and text only through a sequence's stream."""
+
+import logging
+import time
+from collections import Counter, abc
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pace.cache import KVCache
+from pace.cache import CacheFull, CacheStats, KVCache
 from pace.models import Model
 from pace.ops import OperatorConfig
+from pace.reference.arrays import Array
 
+from .config import EngineConfig
+from .intake import Intake
 from .request import Request
 from .sampler import Sampler
 from .scheduler import Batch, Scheduler
+from .sequence import Sequence
 from .tokenizer import Tokenizer
 
-MAX_BATCH_TOKENS = 1024  # of prompts in one forward pass: past a few hundred the products gain nothing
-MAX_SEQUENCES = 256
+logger = logging.getLogger("pace")
+
+LOGIT_ROWS = 64  # of a prompt at a time, whose log-probabilities are asked for: a row is a whole vocabulary
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than may; the request was not taken."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it was made, and what it is at."""
+
+    running: int  # sequences
+    waiting: int
+    requests: int
+    finished: dict[str, int]  # requests by how their first text ended
+    steps: int
+    preemptions: int
+    prompt_tokens: int  # of the requests that have ended
+    cached_tokens: int  # of those, what the cache had already
+    output_tokens: int
+    cache: CacheStats
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of prompts' tokens that did not have to be computed."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Engine:
+    """Not for several threads at once: see AsyncEngine."""
+
     def __init__(
         self,
         model: Model,
         cache: KVCache,
         tokenizer: Tokenizer,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
-        max_sequences: int = MAX_SEQUENCES,
+        config: EngineConfig | None = None,
         operators: OperatorConfig | None = None,
+        generation_config: abc.Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.cache = model, cache
-        self.scheduler = Scheduler(cache, max_batch_tokens, max_sequences)
+        self.model, self.cache, self.tokenizer = model, cache, tokenizer
+        self.config = config or EngineConfig()
+        self.intake = Intake(model, cache, tokenizer, generation_config or {})
+        self.scheduler = Scheduler(cache, self.config)
         self._sampler = Sampler(tokenizer, operators or OperatorConfig())
+        self._requests = self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._finished: Counter[str] = Counter()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request; it must fit the model's context and the cache (LLM checks that)."""
-        self.scheduler.add(request)
+        """Queue a request, made by Intake. QueueFull where too many wait, with the numbers."""
+        waiting, config = self.scheduler.waiting, self.config
+        if config.max_waiting is not None and len(waiting) >= config.max_waiting:
+            raise QueueFull(f"{len(waiting)} requests wait, and max_waiting is {config.max_waiting}: try again later")
+        if config.max_waiting_tokens is not None:
+            tokens = sum(sequence.pending for sequence in waiting)
+            if waiting and tokens + len(request.prompt_token_ids) > config.max_waiting_tokens:
+                raise QueueFull(
+                    f"{tokens} tokens of prompts wait, and max_waiting_tokens is {config.max_waiting_tokens}: no room "
+                    f"for {len(request.prompt_token_ids)} more, try again later"
+                )
+        request.arrival = self._requests
+        self._requests += 1
+        self.scheduler.add(request.sequences[:1])
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; nothing where it has ended."""
-        if request.finish_reason is not None:
+        if request.finished:
             return
         try:
-            request.cancel()
+            for sequence in request.sequences:
+                if sequence.finish_reason is None:
+                    sequence.finish("cancelled")
         finally:
             self.scheduler.withdraw(request)
-            self.scheduler.retire()
+            self._count_end(request)
 
     def step(self) -> list[Request]:
-        """One forward pass; returns the requests that it brought a token or an end."""
-        batch = self.scheduler.next_batch()
+        """One forward pass; returns the requests that it brought a token or an end.
+
+        A step that raises ends the requests of its batch, with the reason, and the engine goes on. One that is
+        interrupted (Ctrl-C) is as if it had not begun.
+        """
         try:
-            return self._advance(batch)
-        except BaseException:  # Ctrl-C too: whoever is not cancelled goes on as if the step had not begun
-            self._take_back(batch)
+            batch = self.scheduler.next_batch()
+        except CacheFull as error:  # something else holds the cache
+            (sequence,) = self.scheduler.running
+            sequence.finish("error", str(error))
+            self.scheduler.withdraw(sequence.request)
+            return self._news([sequence])
+        if batch is None:
+            return []
+        began, told = time.perf_counter(), [batch.sequences[i] for i in batch.ready]
+        try:
+            self._advance(batch, told)
+        except Exception as error:
+            logger.exception("a step failed: the %d sequences of its batch end with it", len(batch.sequences))
+            self._fail(batch, f"{type(error).__name__}: {error}")
+            told = batch.sequences
+        except BaseException:
+            self.scheduler.take_back(batch)
             raise
         finally:
-            self.scheduler.retire()
+            self.scheduler.retire(batch)
+        self.scheduler.observe(batch, time.perf_counter() - began)
+        return self._news(told)
 
-    def _advance(self, batch: Batch) -> list[Request]:
-        hidden = self._forward(batch)
-        ready = [batch.requests[i] for i in batch.complete]
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            requests=self._requests,
+            finished=dict(self._finished),
+            steps=self._steps,
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            cache=self.cache.stats(),
+        )
+
+    # --- a step ---
+
+    def _advance(self, batch: Batch, ready: list[Sequence]) -> None:
+        hidden = self.model.forward(batch.tokens, batch.placement, self.cache)
+        self._read_prompts(batch, hidden)
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.computed += count
+        self._steps += 1
         if ready:
-            self._sampler.sample(self.model.logits(hidden[self._last_rows(batch)]), ready)
-        return ready
+            self._sampler.sample(self.model.logits(hidden[batch.last_rows]), ready)
 
-    def _take_back(self, batch: Batch) -> None:
-        """Forget what was computed and led to no token: between steps a request's last token is never in the cache."""
-        for request in batch.requests:
-            assert request.sequence is not None
-            request.computed = min(request.computed, len(request.prompt_token_ids) + len(request.token_ids) - 1)
-            self.cache.truncate(request.sequence, request.computed)
+    def _read_prompts(self, batch: Batch, hidden: Array) -> None:
+        """Log-probabilities of the prompts that went through the model, where they are asked for."""
+        for i, sequence in enumerate(batch.sequences):
+            request = sequence.request
+            if sequence.index or not request.missing_prompt_logprobs:
+                continue
+            assert request.params.prompt_logprobs is not None
+            known = request.prompt_logprobs  # of the tokens before the first whose row is wanted
+            first = batch.placement.starts[i] - sequence.computed
+            end = min(sequence.computed + batch.counts[i] + 1, sequence.num_prompt)
+            for at in range(len(known), end, LOGIT_ROWS):
+                tokens = np.array(sequence.ids[at : min(at + LOGIT_ROWS, end)], np.int32)
+                rows = hidden[first + at - 1 : first + at - 1 + len(tokens)]
+                known += self._sampler.logprobs_of(self.model.logits(rows), tokens, request.params.prompt_logprobs)
 
-    def _forward(self, batch: Batch) -> np.ndarray:
-        counts = [len(tokens) for tokens in batch.tokens]
-        sequences = [request.sequence for request in batch.requests if request.sequence is not None]
-        tokens = np.fromiter((token for piece in batch.tokens for token in piece), np.int32, sum(counts))
-        placement = self.cache.append(sequences, counts, tokens)
-        hidden = self.model.forward(tokens, placement, self.cache)
-        for request, count in zip(batch.requests, counts, strict=True):
-            request.computed += count
-        return hidden
+    def _fail(self, batch: Batch, reason: str) -> None:
+        self.scheduler.take_back(batch)  # what was not written must not be found by others
+        for sequence in batch.sequences:
+            if sequence.finish_reason is None:
+                with suppress(Exception):  # its text may be what failed
+                    sequence.finish("error", reason)
 
-    def _last_rows(self, batch: Batch) -> np.ndarray:
-        """The row of each request whose next token can be drawn."""
-        ends = np.cumsum([len(tokens) for tokens in batch.tokens]) - 1
-        rows: np.ndarray = ends[batch.complete]
-        return rows
+    def _news(self, sequences: abc.Iterable[Sequence]) -> list[Request]:
+        """The requests of sequences that have a new token or have ended, each once; and what there is to count."""
+        requests = list(dict.fromkeys(sequence.request for sequence in sequences))
+        for request in requests:
+            if request.finished:
+                self._count_end(request)
+        return requests
+
+    def _count_end(self, request: Request) -> None:
+        self._finished[request.sequences[0].finish_reason or ""] += 1
+        self._prompt_tokens += len(request.prompt_token_ids)
+        self._cached_tokens += request.cached_tokens
+        self._output_tokens += request.num_output_tokens

@@ -1,13 +1,12 @@
-"""A request on its way through the engine, and what its user gets to see of it."""
+"""What a user asked for, and what they get to see of it: a request, which is one sequence for each of its texts."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from .sampling_params import SamplingParams
-from .stopping import TextStream
+from .sequence import Sequence
 
 
 class Logprob(NamedTuple):
@@ -16,6 +15,9 @@ class Logprob(NamedTuple):
     logprob: float
     rank: int
     decoded_token: str
+
+
+Logprobs = dict[int, Logprob]
 
 
 @dataclass
@@ -27,6 +29,19 @@ class Metrics:
     finished: float | None = None
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int  # of all texts, those that best_of leaves out too
+    cached_tokens: int  # of the prompt's, those that the cache had already
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
 @dataclass
 class CompletionOutput:
     """What the model wrote, so far. Log-probabilities are natural logarithms; None where they were not asked for."""
@@ -35,7 +50,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
+    logprobs: list[Logprobs] | None
     finish_reason: str | None  # "stop", "length", "cancelled", "error"
     stop_reason: int | str | None  # the token or the string that stopped it, or what went wrong
     new_text: str = ""  # since the output before this one, when streaming
@@ -43,7 +58,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A request as its user sees it; `outputs` has one element, `prompt` is None where token ids were given."""
+    """A request as its user sees it; `prompt` is None where token ids were given.
+
+    prompt_logprobs has None for the first token of the prompt, which nothing comes before.
+    """
 
     request_id: str
     prompt: str | None
@@ -51,95 +69,76 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: Metrics
+    usage: Usage
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 @dataclass(eq=False)
 class Request:
-    """`computed` of its tokens (the prompt's, then the output's) have their keys and values in the cache."""
+    """`priority`: the lower number goes first, and among equals who came first."""
 
     id: str
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
-    max_tokens: int
-    end_tokens: frozenset[int]
-    stream: TextStream
-    token_ids: list[int] = field(default_factory=list)
-    computed: int = 0
-    sequence: int | None = None
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    sequences: list[Sequence]
+    priority: int = 0
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
+    cached_tokens: int = 0
     metrics: Metrics = field(default_factory=Metrics)
+    arrival: int = 0  # the engine's count of requests
+    _shown: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.row = self.params.row()
-        self.generator = np.random.Generator(np.random.Philox(self.params.seed))
-        self.counts: dict[int, int] = dict.fromkeys(self.prompt_token_ids, 0) if self.params.penalises else {}
-        self._shown = 0
+        for sequence in self.sequences:
+            sequence.request = self
+        self.followers = self.sequences[1:]  # those that wait for the first to have been through the prompt
 
     @property
-    def prefilled(self) -> bool:
-        """Whether the whole prompt has been through the model."""
-        return self.computed >= len(self.prompt_token_ids)
+    def missing_prompt_logprobs(self) -> bool:
+        """Whether the prompt has tokens whose log-probabilities are asked for and not known yet."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     @property
-    def most_tokens(self) -> int:
-        """All tokens that it can come to hold in the cache."""
-        return len(self.prompt_token_ids) + self.max_tokens
+    def finished(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
 
-    def next_tokens(self, limit: int) -> list[int]:
-        """What comes next into the model: a piece of the prompt, or the last token that was drawn."""
-        if self.prefilled:
-            return self.token_ids[-1:]
-        return self.prompt_token_ids[self.computed : self.computed + limit]
-
-    def accept(self, token: int) -> None:
-        """One more token of output, which may be the last."""
-        now = time.perf_counter()
-        if self.metrics.first_token is None:
-            self.metrics.first_token = now
-        self.token_ids.append(token)
-        if self.params.penalises:
-            self.counts[token] = self.counts.get(token, 0) + 1
-        ends = token in self.end_tokens
-        if not ends or self.params.include_stop_str_in_output:
-            self.stream.push(token)
-        if ends:
-            self._finish("stop", token)
-        elif self.stream.stopped_by is not None:
-            self._finish("stop", self.stream.stopped_by)
-        elif len(self.token_ids) >= self.max_tokens:
-            self._finish("length", None)
-
-    def fail(self, reason: str) -> None:
-        self._finish("error", reason)
-
-    def cancel(self) -> None:
-        self._finish("cancelled", None)
-
-    def _finish(self, reason: str, detail: int | str | None) -> None:
-        self.finish_reason, self.stop_reason = reason, detail  # first: whatever the text does, it is over
-        self.metrics.finished = time.perf_counter()
-        self.stream.finish()
-        if self.stream.stopped_by is not None and reason == "length":
-            self.finish_reason, self.stop_reason = "stop", self.stream.stopped_by
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all texts."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
 
     def output(self) -> RequestOutput:
-        """What there is now; its `new_text` is what came since this was last called."""
-        new_text = self.stream.text[self._shown :]
-        self._shown = len(self.stream.text)
-        asked = self.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=self.stream.text,
-            token_ids=list(self.token_ids),
-            cumulative_logprob=self.cumulative_logprob if asked else None,
-            logprobs=list(self.logprobs) if asked else None,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            new_text=new_text,
+        """What there is now; each `new_text` is what came since this was last called."""
+        params = self.params
+        return RequestOutput(
+            self.id,
+            self.prompt,
+            self.prompt_token_ids,
+            [self._completion(i, sequence) for i, sequence in enumerate(self._chosen())],
+            self.finished,
+            self.metrics,
+            Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens),
+            None if params.prompt_logprobs is None else list(self.prompt_logprobs),
         )
-        finished = self.finish_reason is not None
-        return RequestOutput(self.id, self.prompt, self.prompt_token_ids, [completion], finished, self.metrics)
+
+    def _chosen(self) -> Iterable[Sequence]:
+        """The texts that are shown: of best_of, those with the highest log-probability a token."""
+        if not self.params.chooses:
+            return self.sequences
+        return sorted(self.sequences, key=lambda sequence: -sequence.mean_logprob)[: self.params.n]
+
+    def _completion(self, index: int, sequence: Sequence) -> CompletionOutput:
+        text, shown = sequence.stream.text, self._shown.get(sequence.index, 0)
+        self._shown[sequence.index] = len(text)
+        asked = self.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=list(sequence.token_ids),
+            cumulative_logprob=sequence.cumulative_logprob if asked else None,
+            logprobs=list(sequence.logprobs) if asked else None,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            new_text=text[shown:],
+        )

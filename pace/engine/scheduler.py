@@ -1,85 +1,196 @@
-"""Who is in the next batch: first come first served, prompts before further tokens, within the room of the cache.
+"""Who is in the next batch: every text that is being written with one token, and the prompts with as many as there is
+room for; the lower priority number first, then who came first.
 
-A request is admitted when the cache has room for all that it can become, so it never has to be put back.
+A sequence is let in when the cache has room for its prompt and a reserve. Where the cache runs out all the same, the
+last in the order gives back what it holds, and computes it again later: same tokens, same bits.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from bisect import insort
+from collections import abc
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 
-from pace.cache import KVCache
+import numpy as np
 
+from pace.cache import CacheFull, KVCache, Placement
+from pace.cache.base import Ints
+
+from .chunks import Chunks
+from .config import EngineConfig
 from .request import Request
+from .sequence import Sequence
+
+_ORDER = attrgetter("order")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """New tokens of each request; `complete` says whose next token can be drawn after them."""
+    """One forward pass: new tokens of each sequence, end to end, and where their keys and values go."""
 
-    requests: list[Request]
-    tokens: list[list[int]]
+    sequences: list[Sequence]
+    counts: list[int]
+    num_decoding: int  # of the sequences, those at the beginning, which go on with the one token that was drawn last
+    tokens: Ints
+    placement: Placement
+    ready: list[int]  # the indices of those that have no token left to compute: the next is drawn
 
     @property
-    def complete(self) -> list[int]:
-        """Indices into `requests`, once the batch has been through the model."""
-        return [i for i, request in enumerate(self.requests) if request.prefilled]
+    def last_rows(self) -> Ints:
+        """The last row of each that is ready."""
+        rows: Ints = self.placement.starts[1:][self.ready] - 1
+        return rows
 
 
 class Scheduler:
-    """`max_batch_tokens` bounds the prompts' tokens in a batch, `max_sequences` the requests that run at once."""
+    def __init__(self, cache: KVCache, config: EngineConfig) -> None:
+        self.cache, self.config = cache, config
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._chunks = Chunks(config.stretch)
+        self._tokens = np.empty(config.max_batch_tokens + config.max_sequences, np.int32)
 
-    def __init__(self, cache: KVCache, max_batch_tokens: int, max_sequences: int) -> None:
-        self.cache, self.max_batch_tokens, self.max_sequences = cache, max_batch_tokens, max_sequences
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._reserved = 0  # tokens of capacity, of those who run
+    # --- who comes and goes ---
 
-    def add(self, request: Request) -> None:
-        self._waiting.append(request)
-
-    def next_batch(self) -> Batch:
-        """Admit whom there is room for; then pieces of prompts, or one token of everybody if no prompt is left."""
-        self._admit()
-        prefilling = [request for request in self._running if not request.prefilled]
-        if prefilling:
-            return self._prompts(prefilling)
-        return Batch(self._running[:], [request.next_tokens(1) for request in self._running])
-
-    def _admit(self) -> None:
-        capacity = self.cache.stats().capacity_tokens
-        while self._waiting and len(self._running) < self.max_sequences:
-            needed = self.cache.tokens_needed(self._waiting[0].most_tokens)
-            if self._reserved + needed > capacity:
-                break
-            request = self._waiting.popleft()
-            request.sequence = self.cache.allocate(request.prompt_token_ids)
-            request.computed = self.cache.length(request.sequence)  # what the cache had of the prompt
-            self._reserved += needed
-            self._running.append(request)
-
-    def _prompts(self, prefilling: Sequence[Request]) -> Batch:
-        """As much of the prompts as one batch takes, the first come first."""
-        requests, tokens, left = [], [], self.max_batch_tokens
-        for request in prefilling:
-            piece = request.next_tokens(left)
-            requests.append(request)
-            tokens.append(piece)
-            left -= len(piece)
-            if left == 0:
-                break
-        return Batch(requests, tokens)
-
-    def retire(self) -> None:
-        """Give back what finished requests held."""
-        for request in [request for request in self._running if request.finish_reason is not None]:
-            self._running.remove(request)
-            assert request.sequence is not None
-            self.cache.free(request.sequence)
-            self._reserved -= self.cache.tokens_needed(request.most_tokens)
+    def add(self, sequences: abc.Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            insort(self.waiting, sequence, key=_ORDER)
 
     def withdraw(self, request: Request) -> None:
-        """Take out one that waits; nothing where it does not."""
-        if request.sequence is None:
-            with suppress(ValueError):
-                self._waiting.remove(request)
+        """Take out what is left of a request, wherever it is, and give back what it holds."""
+        request.followers.clear()
+        for sequence in request.sequences:
+            if sequence.slot is not None:
+                self._release(sequence)
+            elif sequence in self.waiting:
+                self.waiting.remove(sequence)
+
+    def retire(self, batch: Batch) -> None:
+        """After a step: whoever has ended gives back what it held; the other texts of a request follow its first."""
+        for sequence in batch.sequences:
+            if sequence.index == 0 and (sequence.token_ids or sequence.finish_reason):
+                self.add(sequence.request.followers)
+                sequence.request.followers.clear()
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+
+    def take_back(self, batch: Batch) -> None:
+        """Forget a step that was not brought to its end."""
+        for sequence in batch.sequences:
+            if sequence.slot is not None:
+                sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
+                self.cache.truncate(sequence.slot, sequence.computed)
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.cache.free(sequence.slot)
+        self.running.remove(sequence)
+        sequence.slot, sequence.computed = None, 0
+
+    # --- the next batch ---
+
+    def next_batch(self) -> Batch | None:
+        """None where there is nothing to do. CacheFull where the one sequence that is left has no room."""
+        self._admit()
+        while self.running:
+            try:
+                return self._place(*self._pieces())
+            except CacheFull:
+                if len(self.running) == 1:
+                    raise
+                self._preempt()
+        return None
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """What a batch took, for the policy to learn from."""
+        self._chunks.observe(batch.num_decoding, len(batch.tokens) - batch.num_decoding, seconds)
+
+    def _admit(self) -> None:
+        while self.waiting:
+            sequence = self.waiting[0]
+            if self._has_room(sequence):
+                del self.waiting[0]
+                self._begin(sequence)
+            elif self.running and sequence.request.priority < self.running[-1].request.priority:
+                self._preempt()
+            else:
+                return
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        if len(self.running) >= self.config.max_sequences:
+            return False
+        if not self.running:
+            return True  # whoever is alone fits, or would not have been taken on
+        goal = self._goal(sequence)
+        room = self.cache.free_tokens() - self._promised()
+        return self.cache.tokens_needed(goal) <= room or self.cache.tokens_needed(goal, sequence.ids) <= room
+
+    def _goal(self, sequence: Sequence) -> int:
+        """The length for which a sequence must find room before it is let in."""
+        return min(len(sequence.ids) + self.config.reserve_tokens, sequence.most_tokens)
+
+    def _promised(self) -> int:
+        """Capacity that those who run have not taken yet: for the rest of their prompts, and their reserve."""
+        goals = np.array([self._goal(sequence) for sequence in self.running])
+        computed = np.array([sequence.computed for sequence in self.running])
+        return int((self.cache.tokens_needed(goals) - self.cache.tokens_needed(computed)).sum())
+
+    def _begin(self, sequence: Sequence) -> None:
+        sequence.slot = self._slot_for(sequence)
+        sequence.computed = self.cache.length(sequence.slot)
+        if sequence.index == 0 and not sequence.token_ids:
+            sequence.request.cached_tokens = sequence.computed
+        insort(self.running, sequence, key=_ORDER)
+
+    def _slot_for(self, sequence: Sequence) -> int:
+        """With what the cache has of its tokens."""
+        first, prompt = sequence.request.sequences[0], sequence.num_prompt
+        if not sequence.token_ids and first.slot is not None and first.computed >= prompt:
+            with suppress(CacheFull):
+                slot = self.cache.fork(first.slot)
+                self.cache.truncate(slot, prompt - 1)
+                return slot
+        if sequence.request.missing_prompt_logprobs:
+            return self.cache.allocate()  # all of the prompt goes through the model
+        return self.cache.allocate(sequence.ids)
+
+    def _preempt(self) -> None:
+        """The last in the order goes back to the queue."""
+        sequence = self.running[-1]
+        self._release(sequence)
+        self.add([sequence])
+        self.preemptions += 1
+
+    def _pieces(self) -> tuple[list[Sequence], list[int], int]:
+        """Who is in the batch, with how many tokens each; and how many of them decode."""
+        sequences = [sequence for sequence in self.running if sequence.pending == 1]
+        decoding = len(sequences)
+        counts, left = [1] * decoding, self._prompt_tokens(decoding)
+        for sequence in self.running if decoding < len(self.running) else ():
+            if sequence.pending > 1 and left:
+                sequences.append(sequence)
+                counts.append(min(sequence.pending, left))
+                left -= counts[-1]
+        return sequences, counts, decoding
+
+    def _prompt_tokens(self, decoding: int) -> int:
+        """How many tokens of prompts the next batch takes."""
+        left = max(1, self.config.max_batch_tokens - decoding)
+        if decoding and self.config.policy == "decode_first":
+            return min(left, self._chunks.tokens(decoding))
+        return left
+
+    def _place(self, sequences: list[Sequence], counts: list[int], decoding: int) -> Batch:
+        tokens = self._tokens[: sum(counts)]
+        tokens[:decoding] = [sequence.ids[-1] for sequence in sequences[:decoding]]
+        ready, at = list(range(decoding)), decoding
+        for i in range(decoding, len(sequences)):
+            sequence, count = sequences[i], counts[i]
+            tokens[at : at + count] = sequence.ids[sequence.computed : sequence.computed + count]
+            at += count
+            if count == sequence.pending:
+                ready.append(i)
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+        placement = self.cache.append(slots, counts, tokens)
+        return Batch(sequences, counts, decoding, tokens, placement, ready)

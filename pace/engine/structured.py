@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .tokenizer import Tokenizer
 
+WHITESPACE = "[ \\t\\n]{0,16}"  # between the parts of JSON: room to indent it, and none to get lost in
 COMPILED = 64  # grammars that are kept for requests to come
 
 
@@ -96,7 +97,10 @@ class Grammars:
     def _compile(self, params: StructuredOutputsParams) -> Any:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+        try:
+            matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+        except ValueError as error:
+            raise ValueError(f"structured_outputs can't be followed: {_line(str(error))}") from None
         if matcher.is_error():
             raise ValueError(f"structured_outputs can't be followed: {_line(matcher.get_error())}")
         return matcher
@@ -112,10 +116,10 @@ class Grammars:
 
 def _grammar(params: StructuredOutputsParams) -> str:
     """As llguidance takes it."""
-    from llguidance import grammar_from
+    from llguidance import LLMatcher, grammar_from
 
     if params.json is not None:
-        return grammar_from("json_schema", str(params.json))
+        return LLMatcher.grammar_from_json_schema(str(params.json), {"whitespace_pattern": WHITESPACE})
     if params.regex is not None:
         return grammar_from("regex", params.regex)
     if params.choice is not None:
@@ -124,7 +128,8 @@ def _grammar(params: StructuredOutputsParams) -> str:
 
 
 def _line(message: str) -> str:
-    return " ".join(message.split())
+    """What llguidance says, without the state of its parser."""
+    return " ".join(message.partition("<state>")[0].split())
 
 
 class _Words:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from pace import LLM, SamplingParams
+from pace.engine.config import EngineConfig
 from pace.engine.engine import Engine
 from tests.kernels.arrays import threads
 
-from .fakes import VOCABULARY, write_model
+from .fakes import EOS, VOCABULARY, write_model
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -49,7 +50,9 @@ def answers(results):
 
 def with_engine(llm, **limits):
     """The same model and cache behind an engine of other limits."""
-    llm.engine = Engine(llm.model, llm.cache, llm.tokenizer, **limits)
+    llm.engine = Engine(
+        llm.model, llm.cache, llm.tokenizer, EngineConfig(**limits), generation_config={"eos_token_id": EOS}
+    )
     return llm
 
 
@@ -115,47 +118,49 @@ def test_requests_end_when_they_end(llm):
     """Each on its own, while the others go on."""
     with_engine(llm)
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 5, 3)]
-    pending = [llm._request([7, 8], p) for p in params]
+    pending = [llm.engine.intake.request([7, 8], p) for p in params]
     for request in pending:
         llm.engine.add(request)
-    while any(request.finish_reason is None for request in pending):
+    while any(not request.finished for request in pending):
         llm.engine.step()
-        held = sum(request.finish_reason is None for request in pending)
+        held = sum(not request.finished for request in pending)
         assert llm.cache.stats().used_bytes == held * block_bytes(llm)
-    assert [len(request.token_ids) for request in pending] == [1, 5, 3]
-    assert [request.finish_reason for request in pending] == ["length"] * 3
+    assert [request.num_output_tokens for request in pending] == [1, 5, 3]
+    assert [request.sequences[0].finish_reason for request in pending] == ["length"] * 3
 
 
 def test_cancelling_while_waiting_and_while_running(llm):
     with_engine(llm, max_sequences=1)
-    running, waiting, last = (llm._request([7, 8], SamplingParams(max_tokens=4, ignore_eos=True)) for _ in range(3))
+    running, waiting, last = (
+        llm.engine.intake.request([7, 8], SamplingParams(max_tokens=4, ignore_eos=True)) for _ in range(3)
+    )
     for request in (running, waiting, last):
         llm.engine.add(request)
     llm.engine.step()
     llm.engine.cancel(waiting)
     llm.engine.cancel(running)
     llm.engine.cancel(running)
-    while last.finish_reason is None:
+    while not last.finished:
         assert llm.engine.step() == [last]
-    assert [r.finish_reason for r in (running, waiting, last)] == ["cancelled", "cancelled", "length"]
-    assert [len(r.token_ids) for r in (running, waiting, last)] == [1, 0, 4]
+    assert [r.sequences[0].finish_reason for r in (running, waiting, last)] == ["cancelled", "cancelled", "length"]
+    assert [r.num_output_tokens for r in (running, waiting, last)] == [1, 0, 4]
     assert llm.cache.stats().used_bytes == 0
 
 
 def test_who_waits_costs_a_step_nothing(llm, monkeypatch):
     """The waiting are not looked through at every step, and can be cancelled in any order."""
     with_engine(llm, max_sequences=1)
-    pending = [llm._request([7, 8], SamplingParams(max_tokens=3, ignore_eos=True)) for _ in range(6)]
+    pending = [llm.engine.intake.request([7, 8], SamplingParams(max_tokens=3, ignore_eos=True)) for _ in range(6)]
     for request in pending:
         llm.engine.add(request)
-    waiting = llm.engine.scheduler._waiting
+    waiting = llm.engine.scheduler.waiting
     llm.engine.step()
-    assert llm.engine.scheduler._waiting is waiting
+    assert llm.engine.scheduler.waiting is waiting
     for request in pending[1:4][::-1]:
         llm.engine.cancel(request)
-    while any(request.finish_reason is None for request in pending):
+    while any(not request.finished for request in pending):
         llm.engine.step()
-    assert [len(request.token_ids) for request in pending] == [3, 0, 0, 0, 3, 3]
+    assert [request.num_output_tokens for request in pending] == [3, 0, 0, 0, 3, 3]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -190,7 +195,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
         patch.setattr(llm.model, "logits", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[5, 6], [7]])
-    assert not llm.engine.scheduler.next_batch().requests
+    assert not llm.engine.busy
     assert llm.cache.stats().used_bytes == 0
 
 
@@ -211,7 +216,7 @@ def test_an_interrupted_generate_does_not_touch_the_others(llm, monkeypatch, whe
         # Once the new prompts are through, the batch has the paused stream in it.
         def next_batch():
             batch = original()
-            if len(batch.requests) == 3:
+            if len(batch.sequences) == 3:
                 patch.setattr(llm.model, where, interrupted)
             return batch
 
@@ -224,16 +229,16 @@ def test_an_interrupted_generate_does_not_touch_the_others(llm, monkeypatch, whe
 
 def test_a_request_whose_text_cannot_be_finished_is_over_all_the_same(llm, monkeypatch):
     with_engine(llm)
-    request = llm._request([7, 8], SamplingParams(max_tokens=4, ignore_eos=True))
+    request = llm.engine.intake.request([7, 8], SamplingParams(max_tokens=4, ignore_eos=True))
     llm.engine.add(request)
     llm.engine.step()
 
     def broken():
         raise RuntimeError("no text")
 
-    monkeypatch.setattr(request.stream, "finish", broken)
+    monkeypatch.setattr(request.sequences[0].stream, "finish", broken)
     with pytest.raises(RuntimeError, match="no text"):
         llm.engine.cancel(request)
-    assert request.finish_reason == "cancelled"
+    assert request.sequences[0].finish_reason == "cancelled"
     assert llm.cache.stats().used_bytes == 0
     assert len(llm.generate([[7, 8]], SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2

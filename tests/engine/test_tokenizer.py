@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pace import SamplingParams
 from pace.engine.request import Request
 from pace.engine.sampler import Sampler
+from pace.engine.sequence import Sequence
 from pace.engine.stopping import TextStream
 from pace.engine.tokenizer import Detokenizer, Tokenizer
 from pace.errors import ModelError
@@ -194,19 +195,14 @@ def test_the_first_space(spm, tmp_path):
 
 def test_the_text_of_a_logprob_keeps_its_space(spm):
     """A token in the midst of a text is not at its beginning."""
-    request = Request(
-        id="0",
-        prompt=None,
-        prompt_token_ids=[3],
-        params=SamplingParams(temperature=0, logprobs=1),
-        max_tokens=2,
-        end_tokens=frozenset(),
-        stream=TextStream(Detokenizer(spm), (), include_stop=False),
-    )
+    params = SamplingParams(temperature=0, logprobs=1).with_defaults({})
+    stream = TextStream(Detokenizer(spm), (), include_stop=False)
+    sequence = Sequence(0, [3], params, 2, frozenset(), stream, {})
+    Request(id="0", prompt=None, prompt_token_ids=[3], params=params, sequences=[sequence])
     logits = np.zeros((1, len(TOKENS)), np.float32)
     logits[0, TOKENS.index("▁ab")] = 9
-    Sampler(spm, OperatorConfig()).sample(logits, [request])
-    assert request.logprobs[0][TOKENS.index("▁ab")].decoded_token == " ab"
+    Sampler(spm, OperatorConfig()).sample(logits, [sequence])
+    assert sequence.logprobs[0][TOKENS.index("▁ab")].decoded_token == " ab"
 
 
 @pytest.fixture

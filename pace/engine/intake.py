@@ -1,0 +1,135 @@
+"""What users ask for, made into requests that the engine can take: checked, encoded, or refused with the numbers."""
+
+from collections import abc
+from itertools import count
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from pace.cache import KVCache
+from pace.errors import ModelError
+from pace.models import Model
+
+from .request import Request
+from .sampling_params import SamplingParams, as_token_ids, model_defaults
+from .sequence import Sequence
+from .stopping import TextStream
+from .structured import Grammars, Matcher
+from .tokenizer import Detokenizer, Tokenizer
+
+Prompt = str | abc.Sequence[int]
+
+
+class Intake:
+    """Safe to use from several threads."""
+
+    def __init__(
+        self, model: Model, cache: KVCache, tokenizer: Tokenizer, generation_config: abc.Mapping[str, Any]
+    ) -> None:
+        """ModelError for a generation_config whose values can't be."""
+        try:
+            self.defaults = model_defaults(generation_config)
+        except ValueError as error:
+            raise ModelError(f"generation_config.json: {error}") from None
+        self.vocabulary, self.max_positions, self.bytes_per_token = (
+            model.vocabulary,
+            model.max_positions,
+            model.cache_shape.bytes_per_token,
+        )
+        named = as_token_ids(generation_config.get("eos_token_id")) or tokenizer.eos_token_ids
+        self.end_tokens = frozenset(token for token in named if 0 <= token < model.vocabulary)
+        self._tokenizer = tokenizer
+        self._capacity, self._tokens_needed = cache.stats().capacity_tokens, cache.tokens_needed
+        self._grammars = Grammars(tokenizer, model.vocabulary, self.end_tokens)
+        self._ids = count()
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, request_id: str | None = None
+    ) -> Request:
+        """A request, which Engine.add takes.
+
+        ValueError for a prompt that is empty, has tokens which the model lacks, or does not fit the context or the
+        cache with what is asked for; and for parameters that this model can't follow.
+        """
+        params = (params or SamplingParams()).with_defaults(self.defaults)
+        tokens = self.token_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "the prompt")
+        if not tokens:
+            raise ValueError("the prompt is empty: give at least one token")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.vocabulary:
+                raise ValueError(f"{name} is {getattr(params, name)}; the vocabulary has {self.vocabulary} tokens")
+        max_tokens, ends = self._room(len(tokens), params.max_tokens), self._ends(params)
+        bias, bad_words = self._bias(params)
+
+        def sequence(number: int) -> Sequence:
+            detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens, follows_text=True)
+            stream = TextStream(detokenizer, params.stop, params.include_stop_str_in_output)
+            return Sequence(number, tokens, params, max_tokens, ends, stream, bias, bad_words, self._matcher(params))
+
+        return Request(
+            id=str(next(self._ids)) if request_id is None else request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=tokens,
+            params=params,
+            sequences=[sequence(number) for number in range(params.num_texts)],
+            priority=priority,
+        )
+
+    def token_ids(self, tokens: abc.Iterable[int], where: str) -> list[int]:
+        """Of a list, also of NumPy's integers, or of a NumPy array or a torch tensor. ValueError for ids that the
+        model does not have.
+        """
+        listed = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        ids = [_as_id(token) for token in listed]
+        for token, value in zip(ids, listed, strict=True):
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"token {value} of {where} is outside the vocabulary of {self.vocabulary}")
+        return ids
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a text: what the user says of them wins over the model."""
+        own = self.end_tokens
+        if params.eos_token_ids is not None:
+            own = frozenset(self.token_ids(params.eos_token_ids, "eos_token_ids"))
+        stop = frozenset(self.token_ids(params.stop_token_ids, "stop_token_ids"))
+        return stop if params.ignore_eos else stop | own
+
+    def _bias(self, params: SamplingParams) -> tuple[dict[int, float], list[tuple[int, ...]]]:
+        """What is added to logits for good, and the words of several tokens that are not said."""
+        bias = dict(params.logit_bias or {})
+        self.token_ids(bias, "logit_bias")
+        words = [tuple(word) for text in params.bad_words for word in self._spellings(text)]
+        bias |= {word[0]: -np.inf for word in words if len(word) == 1}
+        return bias, [word for word in words if len(word) > 1]
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        """The tokens of a word at the beginning of a text, and in the middle of one, where a space comes before it."""
+        bare = word.strip()
+        return [
+            tokens for text in (bare, " " + bare) if (tokens := self._tokenizer.encode(text, add_special_tokens=False))
+        ]
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        return None if params.structured_outputs is None else self._grammars.matcher(params.structured_outputs)
+
+    def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many tokens of output there can be: as asked for, but within the model's context."""
+        positions, capacity = self.max_positions, self._capacity
+        if prompt_tokens >= positions:
+            raise ValueError(f"the prompt has {prompt_tokens} tokens; the model's context is {positions}: shorten it")
+        wanted = min(max_tokens or positions, positions - prompt_tokens)
+        least = prompt_tokens + (wanted if max_tokens is not None else 1)
+        if self._tokens_needed(least) > capacity:
+            needed = self._tokens_needed(least) * self.bytes_per_token
+            raise ValueError(
+                f"{least} tokens do not fit the cache's {capacity}: give kv_cache_bytes of {needed} or more"
+            )
+        return min(wanted, capacity - prompt_tokens)
+
+
+def _as_id(token: int) -> int:
+    try:
+        return index(token)
+    except TypeError:
+        return -1  # nobody's
