@@ -12,7 +12,7 @@ from pace.reference.sample import SAMPLING_DTYPE
 
 _MOST = 1e6  # well within float32, which the kernel computes in
 _INTEGERS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs")
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _OPTIONAL = ("seed", "max_tokens", "logprobs")
 
 
@@ -20,9 +20,9 @@ _OPTIONAL = ("seed", "max_tokens", "logprobs")
 class SamplingParams:
     """How one request is sampled and when it ends; names and defaults are those that vLLM's users know.
 
-    temperature 0 takes the most probable token. top_k 0 or -1, top_p 1 and min_p 0 are off, as are a repetition_penalty
-    of 1 and a frequency_penalty and presence_penalty of 0; pace.reference.sample has the formulas and their order. The
-    same seed gives the same tokens, whatever else is in the batch; None draws one.
+    temperature 0 takes the most probable token. top_k 0 or -1, top_p 1, min_p 0 and typical_p 1 are off, as are a
+    repetition_penalty of 1 and a frequency_penalty and presence_penalty of 0; pace.reference.sample has the formulas
+    and their order. The same seed gives the same tokens, whatever else is in the batch; None draws one.
 
     max_tokens None goes on to the end of the context. Before min_tokens no token that ends the text is drawn. The text
     ends before the first of the `stop` strings, an end-of-text token (unless ignore_eos) or one of stop_token_ids; with
@@ -38,6 +38,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -65,6 +66,7 @@ class SamplingParams:
             ("top_k", -1 <= self.top_k < 2**31, "a count, or 0 or -1 for none"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 1 / _MOST <= self.repetition_penalty <= _MOST, f"from {1 / _MOST} to {_MOST}"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
