@@ -144,10 +144,14 @@ class Sampling:
         self,
         logits: Float,
         params: Array,
-        draws: Array,
+        draws: Array | None,
         history: History | None,
         bias: Bias | None,
         top_logprobs: int | None,
+        allowed: Array | None = None,
+        given: Array | None = None,
     ) -> Sampled:
-        """One token a row, by `params` (rows,) SAMPLING_DTYPE."""
-        return self._functions.sample(logits, params, draws, history, bias, top_logprobs)  # type: ignore[no-any-return]
+        """One token a row, by `params` (rows,) SAMPLING_DTYPE, of those that `allowed` masks; or the one `given`."""
+        return self._functions.sample(  # type: ignore[no-any-return]
+            logits, params, draws, history, bias, top_logprobs, allowed, given
+        )

@@ -470,6 +470,7 @@ def test_prompts_of_any_kind_of_integers(llm, form):
         {"top_p": 0},
         {"top_p": 1.1},
         {"min_p": -0.1},
+        {"typical_p": 0},
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e-50},
         {"repetition_penalty": 1e39},

@@ -228,7 +228,7 @@ def lm_head(config, kind):
 
 def sampling(config, kind):
     params = np.zeros(ROWS, SAMPLING_DTYPE)
-    for name in ("temperature", "top_p", "repetition_penalty"):
+    for name in ("temperature", "top_p", "typical_p", "repetition_penalty"):
         params[name] = 1
     drawn = Sampling(config)(rows(F32), params, np.linspace(0.05, 0.95, ROWS), None, None, 3)
     return drawn.tokens, drawn.logprobs, drawn.top_tokens

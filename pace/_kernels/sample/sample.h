@@ -6,7 +6,7 @@
 struct sampling {
     float temperature;
     int32_t top_k;
-    float top_p, min_p;
+    float top_p, min_p, typical_p;
     float repetition_penalty, frequency_penalty, presence_penalty;
 };
 
@@ -23,6 +23,10 @@ struct sample_args {
     const int32_t *bias_ids;
     const float *bias_values;
     const int64_t *bias_starts;
+
+    const void *allowed; // a bit a token, in rows of uint32_t; NULL where there are none
+    size_t allowed_stride;
+    const int32_t *given; // -1 where the row draws; NULL where all do
 
     int32_t *tokens;
 

@@ -17,6 +17,7 @@ cdef extern from "sample/sample.h" nogil:
         int32_t top_k
         float top_p
         float min_p
+        float typical_p
         float repetition_penalty
         float frequency_penalty
         float presence_penalty
@@ -32,6 +33,9 @@ cdef extern from "sample/sample.h" nogil:
         const int32_t *bias_ids
         const float *bias_values
         const int64_t *bias_starts
+        const void *allowed
+        size_t allowed_stride
+        const int32_t *given
         int32_t *tokens
         float *logprobs
         int32_t *ranks
@@ -47,10 +51,12 @@ cdef pace_worker[2] WORKERS = [sample_avx2, sample_avx512]
 cdef size_t ELEMENTS_PER_PIECE = 16384  # below this a thread costs more than it gives
 
 
-def sample(logits, params, uniforms=None, history=None, bias=None, num_logprobs=None):
+def sample(
+    logits, params, uniforms=None, history=None, bias=None, num_logprobs=None, allowed=None, given=None
+):
     cdef sample_args args
-    if not fits(logits, params, uniforms, history, bias, num_logprobs, &args):
-        check(logits, params, uniforms, history, bias, num_logprobs)
+    if not fits(logits, params, uniforms, history, bias, num_logprobs, allowed, given, &args):
+        check(logits, params, uniforms, history, bias, num_logprobs, allowed, given)
         raise AssertionError("refused arguments that the reference takes")
     cdef Py_ssize_t rows = cnp.PyArray_DIM(logits, 0), row, i, n
     cdef cnp.ndarray tokens = np.empty(rows, np.int32), logprobs, ranks, masses, top_tokens, top_logprobs
@@ -82,10 +88,13 @@ def sample(logits, params, uniforms=None, history=None, bias=None, num_logprobs=
 
 # What follows answers whether the reference's `check` would pass, without its temporaries, and fills `args`.
 
-cdef bint fits(logits, params, uniforms, history, bias, num_logprobs, sample_args *args) except -1:
+cdef bint fits(
+    logits, params, uniforms, history, bias, num_logprobs, allowed, given, sample_args *args
+) except -1:
     if not (isinstance(logits, np.ndarray) and is_native(logits, cnp.NPY_FLOAT32) and logits.ndim == 2):
         return False
     cdef Py_ssize_t rows = cnp.PyArray_DIM(logits, 0), vocab = cnp.PyArray_DIM(logits, 1), i
+    cdef bint draws
     if vocab > 1 and rows and cnp.PyArray_STRIDE(logits, 1) != sizeof(float):
         return False
     if not (isinstance(params, np.ndarray) and params.dtype == SAMPLING_DTYPE and is_vector(params, rows)):
@@ -95,13 +104,21 @@ cdef bint fits(logits, params, uniforms, history, bias, num_logprobs, sample_arg
     args.vocab = vocab
     args.params = <const sampling *>cnp.PyArray_DATA(params)
     args.uniforms = NULL
-    args.history_ids = args.history_counts = args.bias_ids = NULL
+    args.history_ids = args.history_counts = args.bias_ids = args.given = NULL
+    args.allowed = NULL
     if uniforms is not None:
         if not is_vector_of(uniforms, rows, cnp.NPY_FLOAT64):
             return False
         args.uniforms = <const double *>cnp.PyArray_DATA(uniforms)
+    if given is not None:
+        if not is_vector_of(given, rows, cnp.NPY_INT32):
+            return False
+        args.given = <const int32_t *>cnp.PyArray_DATA(given)
     for i in range(rows):
-        if not in_range(&args.params[i], args.uniforms + i if args.uniforms else NULL):
+        if args.given and not -1 <= args.given[i] < vocab:
+            return False
+        draws = args.params[i].temperature != 0 and not (args.given and args.given[i] >= 0)
+        if not in_range(&args.params[i]) or (draws if args.uniforms is NULL else not 0 <= args.uniforms[i] < 1):
             return False
     if history is not None:
         if not is_ragged(history, rows, vocab, cnp.NPY_INT32):
@@ -121,18 +138,23 @@ cdef bint fits(logits, params, uniforms, history, bias, num_logprobs, sample_arg
         for i in range(cnp.PyArray_SIZE(bias[1])):
             if not args.bias_values[i] < INFINITY:
                 return False
+    if allowed is not None:
+        if not is_masks(allowed, rows, (vocab + 31) // 32):
+            return False
+        args.allowed = cnp.PyArray_DATA(allowed)
+        args.allowed_stride = cnp.PyArray_STRIDE(allowed, 0)
     return num_logprobs is None or 0 <= num_logprobs <= vocab
 
 
-cdef bint in_range(const sampling *p, const double *uniform) noexcept:
+cdef bint in_range(const sampling *p) noexcept:
     return (
         0 <= p.temperature < INFINITY
         and 0 <= p.top_p <= 1
         and 0 <= p.min_p <= 1
+        and 0 <= p.typical_p <= 1
         and 0 < p.repetition_penalty < INFINITY
         and isfinite(p.frequency_penalty)
         and isfinite(p.presence_penalty)
-        and (p.temperature == 0 if uniform is NULL else 0 <= uniform[0] < 1)
     )
 
 
@@ -144,6 +166,17 @@ cdef bint is_vector(cnp.ndarray array, Py_ssize_t length) except -1:
 
 cdef bint is_vector_of(object array, Py_ssize_t length, int typenum) except -1:
     return isinstance(array, np.ndarray) and is_native(array, typenum) and is_vector(array, length)
+
+
+cdef bint is_masks(object array, Py_ssize_t rows, Py_ssize_t words) except -1:
+    return (
+        isinstance(array, np.ndarray)
+        and is_native(array, cnp.NPY_INT32)
+        and array.ndim == 2
+        and cnp.PyArray_DIM(array, 0) == rows
+        and cnp.PyArray_DIM(array, 1) == words
+        and (words <= 1 or rows == 0 or cnp.PyArray_STRIDE(array, 1) == sizeof(int32_t))
+    )
 
 
 cdef bint is_ragged(object ragged, Py_ssize_t rows, Py_ssize_t vocab, int typenum) except -1:

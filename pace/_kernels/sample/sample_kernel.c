@@ -1,7 +1,8 @@
 // No pass sorts the vocabulary. A pass over the logits finds their maximum and that of small groups of them;
 // the k-th largest of those is a bound that leaves little more than k candidates for top-k, and their share
 // of the mass one that leaves the candidates for top-p. Both cut the candidates by one radix select on the
-// order of the logits, in which a token weighs 1 or its mass.
+// order of the logits, in which a token weighs 1 or its mass; typical-p does the same with the order of the
+// shifts. A mask that forbids any token leaves a list of the others, and all that follows is for those only.
 #include "sample/sample.h"
 #include "simd/elements.h"
 #include "simd/math.h"
@@ -13,7 +14,15 @@ enum {
     BUCKETS = 1 << DIGIT,
 };
 
-// Tokens in ascending order of id.
+// Tokens in ascending order of id; without `ids`, those of a row.
+struct tokens {
+    const float *z;
+    float *w;
+    const int32_t *ids;
+    size_t n;
+};
+
+// Where tokens are put: those of a row, or fewer of its own.
 struct list {
     float *z, *w;
     int32_t *ids;
@@ -48,6 +57,7 @@ static struct workspace workspace_in(void *scratch, size_t vocab) {
 INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 INLINE size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 INLINE size_t count(__mmask16 mask) { return (size_t)__builtin_popcount(mask); }
+INLINE struct tokens tokens_of(struct list list) { return (struct tokens){list.z, list.w, list.ids, list.n}; }
 INLINE bool is_finite(float x) { return __builtin_fabsf(x) < __builtin_inff(); }
 
 // The logits of a row after bias and penalties: in `copy`, or the row itself where there are none.
@@ -71,6 +81,36 @@ INLINE const float *penalised(const struct sample_args *a, size_t row, const flo
             *z -= p->presence_penalty * (float)(times > 0);
         }
     return copy;
+}
+
+static const int32_t FIRST_IDS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+INLINE __m512i ids_at(size_t i, __m512i first) { return _mm512_add_epi32(_mm512_set1_epi32((int)i), first); }
+
+INLINE bool allows_all(const uint32_t *words, size_t vocab) {
+    uint32_t all = 0xffffffff;
+    for (size_t i = 0; i < vocab / 32; i++) all &= words[i];
+    const uint32_t last = (1u << vocab % 32) - 1;
+    return all == 0xffffffff && (!last || (words[vocab / 32] & last) == last);
+}
+
+// The tokens of a row whose bits are set; without weights.
+INLINE struct tokens allowed(const uint32_t *words, const float *z, size_t vocab, struct list list) {
+    const __m512i first = _mm512_loadu_si512(FIRST_IDS);
+    list.n = 0;
+    for_each_16(i, mask, vocab) {
+        const __mmask16 which = (__mmask16)(words[i / 32] >> i % 32) & mask;
+        if (!which) continue;
+        const __m512 values = load(F32, z, i, mask);
+        if (which == FULL) { // compress would be lane by lane on avx2
+            _mm512_storeu_ps(list.z + list.n, values);
+            _mm512_storeu_si512(list.ids + list.n, ids_at(i, first));
+            list.n += LANES;
+        } else {
+            compress_ps(list.z + list.n, which, values);
+            list.n += compress_epi32(list.ids + list.n, which, ids_at(i, first));
+        }
+    }
+    return tokens_of(list);
 }
 
 // The largest z, and in `maxima` that of each lane of each block. NaN where there is a NaN.
@@ -122,12 +162,15 @@ INLINE struct sum plus(struct sum sum, __m512 x) {
 }
 INLINE double total(struct sum sum) { return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high)); }
 
+INLINE __m512 depth(__m512 z, float largest, float temperature) {
+    return _mm512_div_ps(_mm512_sub_ps(z, _mm512_set1_ps(largest)), _mm512_set1_ps(temperature));
+}
+
 // w = e^((z - largest) / temperature), and their sum.
 INLINE double weigh(const float *z, size_t n, float largest, float temperature, float *w) {
     struct sum sum = no_sum();
     for_each_16(i, mask, n) {
-        const __m512 below = _mm512_sub_ps(load(F32, z, i, mask), _mm512_set1_ps(largest));
-        const __m512 weight = exp_ps(_mm512_div_ps(below, _mm512_set1_ps(temperature)));
+        const __m512 weight = exp_ps(depth(load(F32, z, i, mask), largest, temperature));
         store(F32, w, i, mask, weight);
         sum = plus(sum, mask == FULL ? weight : _mm512_maskz_mov_ps(mask, weight));
     }
@@ -140,20 +183,18 @@ INLINE void append(struct list *list, __mmask16 which, __m512 z, __m512 w, __m51
     list->n += compress_epi32(list->ids + list->n, which, ids);
 }
 
-// The tokens whose value (z or w) is at least `least`. Without w, the list's is left at 0.
-INLINE struct list gather(const float *values, float least, const float *z, const float *w, size_t n,
-                          struct list list) {
-    static const int32_t lane[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i lanes = _mm512_loadu_si512(lane);
+// The tokens whose value is at least `least`; `from` may be the list itself. Without w, the list's is left at 0.
+INLINE struct tokens gather(const float *values, float least, struct tokens from, struct list list) {
+    const __m512i first = _mm512_loadu_si512(FIRST_IDS);
     list.n = 0;
-    for_each_16(i, mask, n) {
+    for_each_16(i, mask, from.n) {
         const __m512 value = load(F32, values, i, mask);
         const __mmask16 hits = _mm512_cmp_ps_mask(value, _mm512_set1_ps(least), _CMP_GE_OQ) & mask;
         if (hits)
-            append(&list, hits, load(F32, z, i, mask), w ? load(F32, w, i, mask) : _mm512_setzero_ps(),
-                   _mm512_add_epi32(_mm512_set1_epi32((int)i), lanes));
+            append(&list, hits, load(F32, from.z, i, mask), from.w ? load(F32, from.w, i, mask) : _mm512_setzero_ps(),
+                   from.ids ? _mm512_loadu_si512(from.ids + i) : ids_at(i, first));
     }
-    return list;
+    return tokens_of(list);
 }
 
 // Unsigned integers in the order of z; -0 is 0.
@@ -222,28 +263,69 @@ INLINE struct cut cut_at(const float *z, const float *w, size_t n, double quota,
     return (struct cut){z_of(keys[0]), smaller(n, larger(1, whole + ((double)whole < needed)))};
 }
 
-INLINE void keep(struct list *list, struct cut cut) {
-    const struct list from = *list;
+// `from` may be the list itself.
+INLINE struct tokens keep(struct tokens from, struct cut cut, struct list list) {
     const __m512 at = _mm512_set1_ps(cut.z);
-    list->n = 0;
+    list.n = 0;
     for_each_16(i, mask, from.n) {
         const __m512 z = _mm512_loadu_ps(from.z + i), w = _mm512_loadu_ps(from.w + i);
         const __mmask16 above = _mm512_cmp_ps_mask(z, at, _CMP_GT_OQ) & mask;
         unsigned equal = _mm512_cmp_ps_mask(z, at, _CMP_EQ_OQ) & mask;
         while (count((__mmask16)equal) > cut.ties) equal ^= 1u << (31 - __builtin_clz(equal));
         cut.ties -= count((__mmask16)equal);
-        append(list, above | (__mmask16)equal, z, w, _mm512_loadu_si512(from.ids + i));
+        append(&list, above | (__mmask16)equal, z, w, _mm512_loadu_si512(from.ids + i));
     }
+    return tokens_of(list);
 }
 
 // The k largest z; `s->maxima` are theirs. At least k groups have a z that reaches the k-th largest maximum,
 // and not many more do while k is small beside the number of groups.
-INLINE struct list largest_z(size_t k, const float *z, size_t n, const struct workspace *s) {
-    const size_t groups = (n + BLOCK - 1) / BLOCK * LANES;
+INLINE struct tokens largest_z(size_t k, struct tokens from, const struct workspace *s) {
+    const size_t groups = (from.n + BLOCK - 1) / BLOCK * LANES;
     const float least = 2 * k <= groups ? cut_at(s->maxima, NULL, groups, (double)k, s).z : -__builtin_inff();
-    struct list list = gather(z, least, z, NULL, n, s->list);
-    keep(&list, cut_at(list.z, NULL, list.n, (double)k, s));
-    return list;
+    from.w = NULL;
+    const struct tokens list = gather(from.z, least, from, s->list);
+    return keep(list, cut_at(list.z, NULL, list.n, (double)k, s), s->list);
+}
+
+// All the tokens below this weigh less than 1 - share of the mass together; the last factor is for rounding.
+INLINE float tail(float share, double mass, size_t n) {
+    return (float)((1 - (double)share) * mass / (double)n * (1 - 0x1p-20));
+}
+
+// Where the entropy is: the mean of d, of the tokens whose w is at least `least`; and their mass.
+struct center {
+    double mass;
+    float d;
+};
+INLINE struct center center_of(struct tokens from, float least, float largest, float temperature) {
+    struct sum mass = no_sum(), moment = no_sum();
+    for_each_16(i, mask, from.n) {
+        const __m512 w = load(F32, from.w, i, mask), d = depth(load(F32, from.z, i, mask), largest, temperature);
+        const __mmask16 kept = _mm512_cmp_ps_mask(w, _mm512_set1_ps(least), _CMP_GE_OQ) & mask;
+        mass = plus(mass, _mm512_maskz_mov_ps(kept, w));
+        moment = plus(moment, _mm512_maskz_mov_ps(kept, _mm512_mul_ps(w, d)));
+    }
+    return (struct center){total(mass), (float)(total(moment) / total(mass))};
+}
+
+// What typical-p leaves of the tokens that min-p keeps.
+INLINE struct tokens typical(struct tokens from, const struct sampling *p, float largest, const struct workspace *s) {
+    const float least = p->min_p > 0 ? p->min_p : 0x1p-149f; // the smallest above 0
+    const struct center c = center_of(from, least, largest, p->temperature);
+    // Below d = 2c, and for rounding below half of its weight, shifts are larger than all above it. So what weighs
+    // less than that, and all together less than 1 - typical_p, comes after all that is kept.
+    const float mirror = 0.5f * _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(2 * c.d)));
+    const float share = tail(p->typical_p, c.mass, from.n), reached = share < mirror ? share : mirror;
+    const struct tokens candidates = gather(from.w, least > reached ? least : reached, from, s->list);
+
+    float *closeness = s->z; // -|d - c|; what was there is in the list
+    for_each_16(i, mask, candidates.n) {
+        const __m512 d = depth(load(F32, candidates.z, i, mask), largest, p->temperature), at = _mm512_set1_ps(c.d);
+        store(F32, closeness, i, mask, _mm512_min_ps(_mm512_sub_ps(d, at), _mm512_sub_ps(at, d)));
+    }
+    const struct cut cut = cut_at(closeness, candidates.w, candidates.n, (double)p->typical_p * c.mass, s);
+    return gather(closeness, cut.z, candidates, s->list);
 }
 
 // The first place at which the mass of the w that are at least `least` exceeds uniform · (all of it).
@@ -279,31 +361,34 @@ INLINE size_t draw(const float *w, size_t n, float least, double uniform, double
 }
 
 INLINE int32_t token_of_row(const struct sample_args *a, size_t row, const float *x, const struct workspace *s) {
-    const struct sampling *p = &a->params[row];
-    const size_t vocab = a->vocab;
-    const float *z = penalised(a, row, x, s->z);
-    const float largest = scan(z, vocab, s->maxima);
-    if (!is_finite(largest)) return -1;
-    if (p->temperature == 0) return (int32_t)argmax(z, vocab, s->maxima, largest);
+    if (a->given && a->given[row] >= 0) return is_finite(scan(x, a->vocab, s->maxima)) ? a->given[row] : -1;
 
-    const bool top_k = p->top_k > 0 && (size_t)p->top_k < vocab, top_p = p->top_p < 1;
-    if (!top_k && !top_p) {
-        weigh(z, vocab, largest, p->temperature, s->w);
-        return (int32_t)draw(s->w, vocab, p->min_p, a->uniforms[row], s->masses);
+    const struct sampling *p = &a->params[row];
+    struct tokens t = {.z = penalised(a, row, x, s->z), .w = s->w, .n = a->vocab};
+    if (a->allowed) {
+        const uint32_t *words = (const uint32_t *)((const char *)a->allowed + row * a->allowed_stride);
+        if (!allows_all(words, a->vocab)) t = allowed(words, t.z, a->vocab, s->list);
     }
-    struct list list;
-    double mass;
-    if (top_k) {
-        list = largest_z((size_t)p->top_k, z, vocab, s);
-        mass = weigh(list.z, list.n, largest, p->temperature, list.w);
+    const float largest = scan(t.z, t.n, s->maxima);
+    if (!is_finite(largest)) return -1;
+
+    size_t place;
+    if (p->temperature == 0) {
+        place = argmax(t.z, t.n, s->maxima, largest);
     } else {
-        // All the tokens below this weigh less than 1 - top_p together; the last factor is for rounding.
-        mass = weigh(z, vocab, largest, p->temperature, s->w);
-        const double least = (1 - (double)p->top_p) * mass / (double)vocab * (1 - 0x1p-20);
-        list = gather(s->w, (float)least, z, s->w, vocab, s->list);
+        const bool top_k = p->top_k > 0 && (size_t)p->top_k < t.n, top_p = p->top_p < 1;
+        if (top_k) t = largest_z((size_t)p->top_k, t, s);
+        if (!top_p) {
+            weigh(t.z, t.n, largest, p->temperature, t.w); // apart, since without the sum it takes 4/5 of the time
+        } else {
+            const double mass = weigh(t.z, t.n, largest, p->temperature, t.w);
+            if (!top_k) t = gather(t.w, tail(p->top_p, mass, t.n), t, s->list);
+            t = keep(t, cut_at(t.z, t.w, t.n, (double)p->top_p * mass, s), s->list);
+        }
+        if (p->typical_p < 1) t = typical(t, p, largest, s);
+        place = draw(t.w, t.n, p->min_p, a->uniforms[row], s->masses);
     }
-    if (top_p) keep(&list, cut_at(list.z, list.w, list.n, (double)p->top_p * mass, s));
-    return list.ids[draw(list.w, list.n, p->min_p, a->uniforms[row], s->masses)];
+    return t.ids ? t.ids[place] : (int32_t)place;
 }
 
 // How many come before the token, and 1.
@@ -341,20 +426,20 @@ INLINE void log_probabilities(const struct sample_args *a, size_t row, const flo
     const int32_t token = a->tokens[row];
     int32_t *top_tokens = a->top_tokens + row * a->num_top;
     float *top_logprobs = a->top_logprobs + row * a->num_top;
-    if (token < 0) {
+    const float largest = token < 0 ? __builtin_nanf("") : scan(x, a->vocab, s->maxima);
+    if (!is_finite(largest)) {
         a->logprobs[row] = __builtin_nanf("");
         a->ranks[row] = 0;
         a->masses[row] = 1;
         for (size_t i = 0; i < a->num_top; i++) top_tokens[i] = -1, top_logprobs[i] = __builtin_nanf("");
         return;
     }
-    const float largest = scan(x, a->vocab, s->maxima);
     a->masses[row] = weigh(x, a->vocab, largest, 1, s->w);
     a->logprobs[row] = x[token] - largest;
     a->ranks[row] = rank_of(token, x, a->vocab);
     if (!a->num_top) return;
 
-    const struct list list = largest_z(a->num_top, x, a->vocab, s);
+    const struct tokens list = largest_z(a->num_top, (struct tokens){.z = x, .n = a->vocab}, s);
     for (size_t i = 0; i < list.n; i++) s->order[i] = (uint64_t)key_of(list.z[i]) << 32 | (uint32_t)~list.ids[i];
     sort_descending(s->order, list.n);
     for (size_t i = 0; i < list.n; i++) {
