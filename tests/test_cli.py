@@ -163,6 +163,91 @@ def test_stop_strings_can_be_repeated(tiny):
     assert result.stdout == text[: text.index(text[6:8])] + "\n"
 
 
+def test_bad_words_can_be_repeated(tiny):
+    text = LLM(tiny).generate("Hello", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text
+    words = [character for character in dict.fromkeys(text) if character.strip() and character.isascii()][:2]
+    options = [part for word in words for part in ("--bad-word", word)]
+    result = run("generate", tiny, "Hello", "--max-tokens", 20, *options)
+    assert result.exit_code == 0, result.output
+    assert len(words) == 2
+    assert not set(words) & set(result.stdout)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("form", ["text", "file"])
+def test_json_by_a_schema(tiny, tmp_path, form):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    schema = tmp_path / "schema.json" if form == "file" else json.dumps(SCHEMA)
+    result = run("generate", tiny, "Hello", "--json-schema", schema)
+    assert json.loads(result.stdout)["a"] in (1, 2)
+
+
+@pytest.mark.parametrize("form", ["text", "file"])
+def test_text_by_a_grammar(tiny, tmp_path, form):
+    source = 'root ::= ("ab" | "cd"){3}'
+    (tmp_path / "grammar.gbnf").write_text(source)
+    grammar = tmp_path / "grammar.gbnf" if form == "file" else source
+    assert re.fullmatch("(ab|cd){3}\n", run("generate", tiny, "Hello", "--grammar", grammar).stdout)
+
+
+def test_text_by_a_regular_expression_or_a_choice(tiny):
+    assert re.fullmatch(r"[xy]{4}\n", run("generate", tiny, "Hello", "--regex", "[xy]{4}").stdout)
+    assert run("generate", tiny, "Hello", "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
+    assert run("chat", tiny, "--choice", "ja", "--no-stats", input="Hi\nHi\n").stdout == "ja\nja\n"
+
+
+def with_generation_config(tiny, tmp_path, **values):
+    model = changed(tiny, tmp_path)
+    (model / "generation_config.json").write_text(json.dumps(values))
+    return model
+
+
+def test_generate_takes_the_models_own_values(tiny, tmp_path):
+    model = with_generation_config(tiny, tmp_path, temperature=1.5, repetition_penalty=3.0)
+    plain, penalised = (
+        LLM(path).generate("Hello", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text
+        for path in (tiny, model)
+    )
+    assert plain != penalised
+    options = ["--max-tokens", 20, "--no-stats"]
+    assert run("generate", model, "Hello", *options).stdout.rstrip("\n") == penalised.rstrip("\n")
+    own = run("generate", model, "Hello", *options, "--repetition-penalty", 1)
+    assert own.stdout.rstrip("\n") == plain.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"temperature": 1.5, "top_k": 40, "top_p": 0.9}),
+        (["--temperature", 0.5, "--top-p", 0.5], {"temperature": 0.5, "top_k": 40, "top_p": 0.5}),
+    ],
+)
+def test_chat_takes_the_models_own_values_first(tiny, tmp_path, options, expected):
+    model = with_generation_config(tiny, tmp_path, temperature=1.5, top_k=40)
+    params = SamplingParams(**expected, seed=3, max_tokens=20)
+    answer = LLM(model).chat([{"role": "user", "content": "Hi"}], params)[0].outputs[0].text
+    result = run("chat", model, "--seed", 3, "--max-tokens", 20, "--no-stats", *options, input="Hi\n")
+    assert result.stdout.rstrip("\n") == answer.rstrip("\n")
+
+
+def test_chat_of_a_model_that_says_nothing(tiny):
+    params = SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=20)
+    answer = LLM(tiny).chat([{"role": "user", "content": "Hi"}], params)[0].outputs[0].text
+    result = run("chat", tiny, "--seed", 3, "--max-tokens", 20, "--no-stats", input="Hi\n")
+    assert result.stdout.rstrip("\n") == answer.rstrip("\n")
+
+
+def test_prefix_caching_reaches_the_cache(tiny):
+    options = ["--max-tokens", 4, "--no-stats", "--prefix-caching"]
+    assert run("chat", tiny, *options, input="Hi\nHi\n").exit_code == 0
+    refused = run("generate", tiny, "Hello", *options, "--cache", "BMC")
+    assert refused.exit_code == 1
+    assert "prefix" in refused.stderr
+    assert run("generate", tiny, "Hello", "--max-tokens", 4, "--no-prefix-caching", "--cache", "PAGED").exit_code == 0
+
+
 def test_options_reach_the_machine(tiny):
     options = [
         "--dtype",
@@ -193,6 +278,9 @@ def test_options_reach_the_machine(tiny):
         (["--ops", "{mlp}"], "operators is"),
         (["--ops", '{"mlpp": "NATIVE"}'], "operator 'mlpp' is unknown"),
         (["--threads", "0"], "--threads"),
+        (["--regex", "a", "--choice", "b"], "--regex and --choice can't both be followed: give one"),
+        (["--json-schema", "no.json"], "json is no JSON schema"),
+        (["--choice", ""], "it must be strings that are not empty"),
         (["--colour"], "--colour"),
     ],
 )
@@ -253,6 +341,7 @@ def as_it_is(tiny, tmp_path):
         (as_it_is, ["Hi", "--max-tokens", "500", "--kv-cache-bytes", "200K"], "do not fit the cache's"),
         (as_it_is, ["Hi", "--dtype", "int3"], "dtype is 'int3'; it must be auto, bfloat16 or float32"),
         (as_it_is, ["Hi", "--cache", "BAG"], "cache is 'BAG'; it must be SLAB_POOL, PAGED, BMC, DYNAMIC"),
+        (as_it_is, ["Hi", "--regex", "(a"], "structured_outputs can't be followed"),
         (as_it_is, ["Hi", "--block-tokens", "24"], "block_tokens is 24; it must be a multiple of 16"),
     ],
     ids=lambda value: "" if callable(value) or isinstance(value, list) else re.sub(r"\W+", "-", value)[:30],

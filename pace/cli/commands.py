@@ -1,11 +1,13 @@
 """The commands and their options. What is heavy is imported inside of them, so that `pace --help` is quick."""
 
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,9 +16,11 @@ from .terminal import INTERRUPTED, note, reported, show_warnings, stderr
 
 if TYPE_CHECKING:
     from pace.engine.sampling_params import SamplingParams
+    from pace.engine.structured import StructuredOutputsParams
     from pace.llm import LLM
     from pace.ops import OperatorConfig
 
+CHAT = {"temperature": 0.7, "top_p": 0.9}  # of answers, where neither the user nor the model says
 STARTED = time.perf_counter() - time.process_time()  # of the process: all it has done so far is compute
 
 app = typer.Typer(
@@ -63,7 +67,7 @@ def _as_bytes(text: str) -> int:
     return int(size)
 
 
-_SAMPLING, _MACHINE = "Sampling", "Machine"
+_SAMPLING, _FORM, _MACHINE = "Sampling", "Form of the text", "Machine"
 
 Model = Annotated[
     str,
@@ -72,14 +76,20 @@ Model = Annotated[
     ),
 ]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="End the answer after N tokens.")]
-Temperature = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="0 takes the most probable token.")]
-TopK = Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="Of the k most probable tokens; 0: of all.")]
-TopP = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="Of the tokens that hold this much probability.")]
+Temperature = Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING, help="0 takes the most probable token.")]
+TopK = Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING, help="Of the k most probable tokens; 0: of all.")]
+TopP = Annotated[
+    float | None, typer.Option(rich_help_panel=_SAMPLING, help="Of the tokens that hold this much probability.")
+]
 MinP = Annotated[
-    float, typer.Option(rich_help_panel=_SAMPLING, help="Of tokens at least so probable, beside the best.")
+    float | None, typer.Option(rich_help_panel=_SAMPLING, help="Of tokens at least so probable, beside the best.")
+]
+TypicalP = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=_SAMPLING, help="Of the most typical tokens that hold this much probability."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(rich_help_panel=_SAMPLING, help="Divides the logits of tokens seen before.")
+    float | None, typer.Option(rich_help_panel=_SAMPLING, help="Divides the logits of tokens seen before.")
 ]
 FrequencyPenalty = Annotated[
     float, typer.Option(rich_help_panel=_SAMPLING, help="Taken off a logit each time its token was said.")
@@ -90,6 +100,22 @@ PresencePenalty = Annotated[
 Seed = Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING, help="The same seed, the same answer.")]
 Stop = Annotated[
     list[str], typer.Option(rich_help_panel=_SAMPLING, metavar="TEXT", help="End before this text; can be repeated.")
+]
+BadWords = Annotated[
+    list[str],
+    typer.Option("--bad-word", rich_help_panel=_SAMPLING, metavar="TEXT", help="Not to be said; can be repeated."),
+]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_FORM, metavar="FILE|JSON", help="JSON that follows this schema."),
+]
+Regex = Annotated[
+    str | None, typer.Option(rich_help_panel=_FORM, metavar="REGEX", help="What this regular expression matches.")
+]
+Choice = Annotated[list[str], typer.Option(rich_help_panel=_FORM, metavar="TEXT", help="One of these; to be repeated.")]
+Grammar = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_FORM, metavar="FILE|TEXT", help="What this grammar (GBNF or Lark) describes."),
 ]
 Dtype = Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="bfloat16, float32, or auto: the checkpoint's own.")]
 KVCacheBytes = Annotated[
@@ -107,6 +133,15 @@ Cache = Annotated[
 BlockTokens = Annotated[
     int | None,
     typer.Option(rich_help_panel=_MACHINE, metavar="N", help="The cache's blocks or steps, in tokens: 16, 32, 48, …"),
+]
+PrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching",
+        rich_help_panel=_MACHINE,
+        help="Keep what was computed for prompts that begin alike; else only PAGED does.",
+        show_default=False,
+    ),
 ]
 Ops = Annotated[
     str | None,
@@ -130,23 +165,33 @@ def generate(
     max_tokens: MaxTokens = 256,
     chat: Annotated[bool, typer.Option("--chat", help="Ask it as a question, by the model's chat template.")] = False,
     temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
     frequency_penalty: FrequencyPenalty = 0.0,
     presence_penalty: PresencePenalty = 0.0,
     seed: Seed = None,
     stop: Stop = [],  # noqa: B006 (typer copies it)
+    bad_words: BadWords = [],  # noqa: B006
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = [],  # noqa: B006
+    grammar: Grammar = None,
     dtype: Dtype = "auto",
     kv_cache_bytes: KVCacheBytes = None,
     cache: Cache = "SLAB_POOL",
     block_tokens: BlockTokens = None,
+    prefix_caching: PrefixCaching = None,
     ops: Ops = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
-    """Complete a prompt, streaming. Only the model's text goes to stdout."""
+    """Complete a prompt, streaming. Only the model's text goes to stdout.
+
+    Sampling options that are left out are the model's own, but for the temperature.
+    """
     params = _sampling(locals())
     text = _read(prompt)
     llm = _load(
@@ -155,6 +200,7 @@ def generate(
         kv_cache_bytes=kv_cache_bytes,
         cache=cache,
         block_tokens=block_tokens,
+        prefix_caching=prefix_caching,
         ops=ops,
         threads=threads,
     )
@@ -174,24 +220,34 @@ def chat(
     model: Model,
     system: Annotated[str, typer.Option(metavar="TEXT", help="Tell the model who it is.")] = "",
     max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 0,
-    top_p: TopP = 0.9,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
     frequency_penalty: FrequencyPenalty = 0.0,
     presence_penalty: PresencePenalty = 0.0,
     seed: Seed = None,
     stop: Stop = [],  # noqa: B006 (typer copies it)
+    bad_words: BadWords = [],  # noqa: B006
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = [],  # noqa: B006
+    grammar: Grammar = None,
     dtype: Dtype = "auto",
     kv_cache_bytes: KVCacheBytes = None,
     cache: Cache = "SLAB_POOL",
     block_tokens: BlockTokens = None,
+    prefix_caching: PrefixCaching = None,
     ops: Ops = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
-    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; from a pipe, each line is a message."""
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; from a pipe, each line is a message.
+
+    Sampling options that are left out are the model's own; where it has none, temperature 0.7 and top-p 0.9.
+    """
     params = _sampling(locals())
     llm = _load(
         model,
@@ -199,11 +255,13 @@ def chat(
         kv_cache_bytes=kv_cache_bytes,
         cache=cache,
         block_tokens=block_tokens,
+        prefix_caching=prefix_caching,
         ops=ops,
         threads=threads,
     )
     from .chat import Chat
 
+    params = params.with_defaults(CHAT | llm.engine.intake.defaults)
     Chat(llm, params, system, stats=not no_stats).run()
 
 
@@ -250,10 +308,30 @@ def _sampling(options: Mapping[str, Any]) -> "SamplingParams":
     from pace.engine.sampling_params import SamplingParams
 
     names = {field.name for field in fields(SamplingParams)}
+    named = {name: value for name, value in options.items() if name in names}
     try:
-        return SamplingParams(**{name: value for name, value in options.items() if name in names})
+        return SamplingParams(**named, structured_outputs=_structured(options))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _structured(options: Mapping[str, Any]) -> "StructuredOutputsParams | None":
+    from pace.engine.structured import StructuredOutputsParams
+
+    given = [name for name in ("json_schema", "regex", "choice", "grammar") if options[name] not in (None, [])]
+    if len(given) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags} can't both be followed: give one")
+    if options["json_schema"] is not None:
+        return StructuredOutputsParams(json=_contents(options["json_schema"]))
+    if options["grammar"] is not None:
+        return StructuredOutputsParams(grammar=_contents(options["grammar"]))
+    return StructuredOutputsParams(**{name: options[name] for name in given}) if given else None
+
+
+def _contents(given: str) -> str:
+    """Of a file, where there is one of that name; else what was given."""
+    return Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
 
 
 def _operators(choice: str | None) -> "OperatorConfig":
