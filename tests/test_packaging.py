@@ -109,6 +109,13 @@ def test_the_sdist_has_every_source(tree):
     assert not [name for name in names if name.endswith(".so")]
 
 
+def test_what_few_need_is_not_imported():
+    code = "import sys, pace; from pace import LLM, SamplingParams, StructuredOutputsParams, AsyncEngine\n"
+    loaded = python("-c", code + "print(*sys.modules)", cwd=ROOT).stdout.split()
+    assert "pace.engine.structured" in loaded
+    assert not {"llguidance", "torch", "transformers", "jinja2"} & set(loaded)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(isa.runtime is None, reason="the native kernels: this is a build without them")
 def test_a_wheel_of_the_sdist_runs_natively(tree):

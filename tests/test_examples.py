@@ -1,0 +1,92 @@
+"""Every example runs as its user runs it, and shows what it says."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "pace.ipynb"
+
+# What each script prints, whatever the rung.
+PRINTED = {
+    "basic": r"'The capital of France is' → ' Paris.*\n'Water boils at' → .*\ntext 0, length: .*\ntext 1, length: ",
+    "streaming": r"first token after \d+\.\d\d s\n\d+ tokens read, \d+ written\nended by: (length|stop)\n$",
+    "chat": r"user: .*\nassistant: .*Paris.*\n.* 0 of them cached\]\nuser: .*\n(.*\n)+ .*, 32 of them cached\]\n$",
+    "batch": r"^(The capital of .*\n){6}6 requests in \d+ steps; .*\n30 tokens read, \d+ written, 0 preemptions\n",
+    "structured_output": (
+        r"json: (?P<json>\{.*\})\nregex: \d{4}-\d\d\nchoice: (good|bad)\ngrammar: \d+ \+ [\d+ ]+ = \d+\n"
+    ),
+    "async_engine": r"3 requests: \{('cancelled': 1, 'length': 2|'length': 2, 'cancelled': 1)\}\n$",
+}
+
+
+def run(script, model):
+    run = subprocess.run(
+        [sys.executable, script, model],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def printed(smollm2):
+    """What a script prints, by its name."""
+    return lambda name: run(EXAMPLES / f"{name}.py", smollm2)
+
+
+def test_all_scripts_are_known():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys()
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_script(printed, name):
+    shown = printed(name)
+    found = re.search(PRINTED[name], shown.stdout)
+    assert found, shown.stdout
+    if name == "structured_output":
+        city = ast.literal_eval(found["json"])
+        assert city.keys() == {"name", "country", "inhabitants"}
+        assert 0 <= city["inhabitants"] <= 100_000_000
+    if name == "batch":
+        assert "100%" in shown.stderr  # the bar
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_says_how_to_run_it(path):
+    assert f"python examples/{path.name} [MODEL]" in ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_the_notebook_is_kept_without_outputs():
+    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+    assert cells
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+def test_the_notebook(smollm2, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    NotebookClient(notebook, timeout=120).execute()  # raises for a cell that fails
+    cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+    assert result_of(cells["generate"]).startswith("' Paris")
+    weather = ast.literal_eval(result_of(cells["structured"]))
+    assert isinstance(weather["rainy"], bool)
+    assert re.fullmatch(r"\{('length': \d+|'stop': \d+)(, .*)?\}", result_of(cells["stats"]))
+
+
+def result_of(cell):
+    """The value of a cell's last line, as it is shown."""
+    (result,) = [output for output in cell.outputs if output.output_type == "execute_result"]
+    return result.data["text/plain"]
