@@ -69,6 +69,15 @@ def test_a_script_says_how_to_run_it(path):
     assert f"python examples/{path.name} [MODEL]" in ast.get_docstring(ast.parse(path.read_text()))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/LLM.md"])
+def test_the_snippets_of_a_page(smollm2, tmp_path, page):
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert snippets
+    script = tmp_path / "snippets.py"
+    script.write_text("\n".join(snippets))
+    assert "Paris" in run(script, smollm2).stdout
+
+
 def test_the_notebook_is_kept_without_outputs():
     cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
     assert cells
