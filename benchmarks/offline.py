@@ -2,7 +2,9 @@
 
 Without MODEL, a Llama of Llama-3.2-1B's shape with random bfloat16 weights, made once in the cache directory. Measured:
 start to first token in a process of its own, peak memory, prefill of 512 tokens, decode of 128, and what a decode step
-spends outside of the kernels; beside read bandwidth and FMA peak, measured in the same run before and after.
+spends outside of the kernels; beside read bandwidth and FMA peak, measured in the same run before and after. Then 32
+requests at once, beside one at a time and transformers' generate; and what a prompt of 4096 tokens does to the texts
+that are being written beside it (benchmarks/batches.py).
 """
 
 import argparse
@@ -18,12 +20,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pace import LLM, SamplingParams, isa, kernels, roofline
-from pace.models.hub import cache_directory
+from pace.models.hub import cache_directory, resolve
 from pace.ops import registry
 from pace.reference.arrays import bfloat16, float32
 
+from . import batches
 from .limits import Limits
 
+PARTS = ("single", "throughput", "latency")
 PROMPT, DECODE, ROUNDS, CACHE_BYTES = 512, 128, 3, 1 << 28
 SHAPE = {
     "model_type": "llama",
@@ -157,11 +161,28 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--parts", default=",".join(PARTS), help="of these, with commas")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts is {arguments.parts}; it must be of {', '.join(PARTS)}")
     if arguments.threads:
         isa.set_num_threads(arguments.threads)
-    model = arguments.model or str(random_model(cache_directory() / "benchmarks" / "llama-1b-random"))
+    model = str(
+        resolve(arguments.model)
+        if arguments.model
+        else random_model(cache_directory() / "benchmarks" / "llama-1b-random")
+    )
+    if "throughput" in parts:
+        batches.throughput(model, arguments.dtype, arguments.threads)
+    if "latency" in parts:
+        batches.latency(model, arguments.dtype)
+    if "single" in parts:
+        single(model, arguments.dtype)
 
+
+def single(model: str, dtype: str) -> None:
+    """One request: start to first token, memory, prefill and decode."""
     start = first_token(model)
     peak, over = start["peak_bytes"] / 1e6, start["over_bytes"] / 1e6
     print(f"first token {start['first_token_s']:.2f} s after process start")
@@ -169,7 +190,7 @@ def main() -> None:
 
     watch, machine = Stopwatch(), Limits()
     watch.install()
-    llm = LLM(model, dtype=arguments.dtype, kv_cache_bytes=CACHE_BYTES)
+    llm = LLM(model, dtype=dtype, kv_cache_bytes=CACHE_BYTES)
     tokens = np.random.default_rng(1).integers(100, 250, PROMPT).tolist()
     multiplied = (llm.model.bytes_per_step - llm.model.head.head.nbytes) / llm.model.dtype.itemsize
     flops = 2 * PROMPT * multiplied  # the head is multiplied for the last token only; attention is not counted
