@@ -84,9 +84,9 @@ class Request:
     sequences: list[Sequence]
     priority: int = 0
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # when it was first let in
     metrics: Metrics = field(default_factory=Metrics)
-    arrival: int = 0  # the engine's count of requests
+    arrival: int | None = None  # the engine's count of requests, once it is there
     _shown: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,15 +118,18 @@ class Request:
             [self._completion(i, sequence) for i, sequence in enumerate(self._chosen())],
             self.finished,
             self.metrics,
-            Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens),
+            Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens or 0),
             None if params.prompt_logprobs is None else list(self.prompt_logprobs),
         )
 
     def _chosen(self) -> Iterable[Sequence]:
-        """The texts that are shown: of best_of, those with the highest log-probability a token."""
+        """The texts that are shown: of best_of, those with the highest log-probability a token, and what went wrong
+        last.
+        """
         if not self.params.chooses:
             return self.sequences
-        return sorted(self.sequences, key=lambda sequence: -sequence.mean_logprob)[: self.params.n]
+        ranked = sorted(self.sequences, key=lambda each: (each.finish_reason == "error", -each.mean_logprob))
+        return ranked[: self.params.n]
 
     def _completion(self, index: int, sequence: Sequence) -> CompletionOutput:
         text, shown = sequence.stream.text, self._shown.get(sequence.index, 0)

@@ -75,12 +75,12 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 self._release(sequence)
 
-    def take_back(self, batch: Batch) -> None:
+    def take_back(self) -> None:
         """Forget a step that was not brought to its end."""
-        for sequence in batch.sequences:
-            if sequence.slot is not None:
-                sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
-                self.cache.truncate(sequence.slot, sequence.computed)
+        for sequence in self.running:
+            assert sequence.slot is not None
+            sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
+            self.cache.truncate(sequence.slot, sequence.computed)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
@@ -110,8 +110,8 @@ class Scheduler:
         while self.waiting:
             sequence = self.waiting[0]
             if self._has_room(sequence):
-                del self.waiting[0]
                 self._begin(sequence)
+                del self.waiting[0]
             elif self.running and sequence.request.priority < self.running[-1].request.priority:
                 self._preempt()
             else:
@@ -124,7 +124,11 @@ class Scheduler:
             return True  # whoever is alone fits, or would not have been taken on
         goal = self._goal(sequence)
         room = self.cache.free_tokens() - self._promised()
-        return self.cache.tokens_needed(goal) <= room or self.cache.tokens_needed(goal, sequence.ids) <= room
+        if self.cache.tokens_needed(goal) <= room:
+            return True
+        # Whose prompt has to go through the model whole begins with nothing that others hold.
+        whole = sequence.request.missing_prompt_logprobs
+        return not whole and self.cache.tokens_needed(goal, sequence.ids) <= room
 
     def _goal(self, sequence: Sequence) -> int:
         """The length for which a sequence must find room before it is let in."""
@@ -139,7 +143,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         sequence.slot = self._slot_for(sequence)
         sequence.computed = self.cache.length(sequence.slot)
-        if sequence.index == 0 and not sequence.token_ids:
+        if sequence.request.cached_tokens is None:  # later, it may be what the request itself has left there
             sequence.request.cached_tokens = sequence.computed
         insort(self.running, sequence, key=_ORDER)
 
