@@ -170,8 +170,11 @@ class Scheduler:
         """Who is in the batch, with how many tokens each; and how many of them decode."""
         sequences = [sequence for sequence in self.running if sequence.pending == 1]
         decoding = len(sequences)
-        counts, left = [1] * decoding, self._prompt_tokens(decoding)
-        for sequence in self.running if decoding < len(self.running) else ():
+        counts = [1] * decoding
+        if decoding == len(self.running):
+            return sequences, counts, decoding
+        left = self._prompt_tokens(decoding)
+        for sequence in self.running:
             if sequence.pending > 1 and left:
                 sequences.append(sequence)
                 counts.append(min(sequence.pending, left))
