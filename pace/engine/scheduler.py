@@ -112,18 +112,23 @@ class Scheduler:
             if self._has_room(sequence):
                 self._begin(sequence)
                 del self.waiting[0]
-            elif self.running and sequence.request.priority < self.running[-1].request.priority:
+            elif (behind := self._behind(sequence)) and self._has_room(sequence, behind):
                 self._preempt()
             else:
                 return
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        if len(self.running) >= self.config.max_sequences:
+    def _behind(self, sequence: Sequence) -> list[Sequence]:
+        """Those who run that make room for it."""
+        return [other for other in self.running if other.request.priority > sequence.request.priority]
+
+    def _has_room(self, sequence: Sequence, gone: abc.Sequence[Sequence] = ()) -> bool:
+        """Whether it can be let in, once those who are `gone` are."""
+        if len(self.running) - len(gone) >= self.config.max_sequences:
             return False
-        if not self.running:
+        if len(self.running) == len(gone):
             return True  # whoever is alone fits, or would not have been taken on
         goal = self._goal(sequence)
-        room = self.cache.free_tokens() - self._promised()
+        room = self.cache.free_tokens() - self._promised() + self._wanted(gone)
         if self.cache.tokens_needed(goal) <= room:
             return True
         # Whose prompt has to go through the model whole begins with nothing that others hold.
@@ -136,9 +141,13 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Capacity that those who run have not taken yet: for the rest of their prompts, and their reserve."""
-        goals = np.array([self._goal(sequence) for sequence in self.running])
-        computed = np.array([sequence.computed for sequence in self.running])
-        return int((self.cache.tokens_needed(goals) - self.cache.tokens_needed(computed)).sum())
+        computed = np.array([sequence.computed for sequence in self.running], np.int64)
+        return self._wanted(self.running) - int(self.cache.tokens_needed(computed).sum())
+
+    def _wanted(self, sequences: abc.Sequence[Sequence]) -> int:
+        """Capacity that they have taken, or are promised."""
+        goals = np.array([self._goal(sequence) for sequence in sequences], np.int64)
+        return int(self.cache.tokens_needed(goals).sum())
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.slot = self._slot_for(sequence)

@@ -272,6 +272,23 @@ def test_priorities(llm):
     assert engine.stats().preemptions == 1
 
 
+def test_nobody_makes_room_that_is_not_enough(llm):
+    engine = make_engine(llm, "SLAB_POOL", 160, reserve_tokens=0)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    equal = engine.intake.request([5] * 70, params)
+    lower = engine.intake.request([6] * 20, params, priority=5)
+    engine.add(equal)
+    engine.add(lower)
+    engine.step()
+    engine.add(engine.intake.request([7] * 100, params))  # has to wait for the first in any case
+    engine.step()
+    assert engine.stats().running == 2
+    engine.add(engine.intake.request([7] * 60, params, priority=-1))  # without the last there is room
+    engine.step()
+    assert [text.slot is None for text in (*equal.sequences, *lower.sequences)] == [False, True]
+    run(engine, [])
+
+
 def test_a_queue_has_limits(llm):
     engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_waiting=2)
     params = SamplingParams(max_tokens=2)
