@@ -79,19 +79,25 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request, made by Intake. QueueFull where too many wait, with the numbers."""
-        waiting, config = self.scheduler.waiting, self.config
-        if config.max_waiting is not None and len(waiting) >= config.max_waiting:
-            raise QueueFull(f"{len(waiting)} requests wait, and max_waiting is {config.max_waiting}: try again later")
-        if config.max_waiting_tokens is not None:
-            tokens = sum(sequence.pending for sequence in waiting)
-            if waiting and tokens + len(request.prompt_token_ids) > config.max_waiting_tokens:
-                raise QueueFull(
-                    f"{tokens} tokens of prompts wait, and max_waiting_tokens is {config.max_waiting_tokens}: no room "
-                    f"for {len(request.prompt_token_ids)} more, try again later"
-                )
+        self._check_queue(request)
         request.arrival = self._requests
         self._requests += 1
         self.scheduler.add(request.sequences[:1])
+
+    def _check_queue(self, request: Request) -> None:
+        """Whether there is room for one more of those that have not begun."""
+        most, most_tokens = self.config.max_waiting, self.config.max_waiting_tokens
+        if most is None and most_tokens is None:
+            return
+        waiting = [sequence.request for sequence in self.scheduler.waiting if not sequence.request.begun]
+        if most is not None and len(waiting) >= most:
+            raise QueueFull(f"{len(waiting)} requests wait, and max_waiting is {most}: try again later")
+        tokens, more = sum(len(other.prompt_token_ids) for other in waiting), len(request.prompt_token_ids)
+        if most_tokens is not None and waiting and tokens + more > most_tokens:
+            raise QueueFull(
+                f"{tokens} tokens of prompts wait, and max_waiting_tokens is {most_tokens}: no room for {more} more, "
+                "try again later"
+            )
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; nothing where it has ended, or never was added."""

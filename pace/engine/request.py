@@ -95,6 +95,11 @@ class Request:
         self.followers = self.sequences[1:]  # those that wait for the first to have been through the prompt
 
     @property
+    def begun(self) -> bool:
+        """Whether it was let in, even if some or all of its texts wait again."""
+        return self.cached_tokens is not None
+
+    @property
     def missing_prompt_logprobs(self) -> bool:
         """Whether the prompt has tokens whose log-probabilities are asked for and not known yet."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)

@@ -152,7 +152,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         sequence.slot = self._slot_for(sequence)
         sequence.computed = self.cache.length(sequence.slot)
-        if sequence.request.cached_tokens is None:  # later, it may be what the request itself has left there
+        if not sequence.request.begun:  # later, it may be what the request itself has left there
             sequence.request.cached_tokens = sequence.computed
         insort(self.running, sequence, key=_ORDER)
 

@@ -307,6 +307,21 @@ def test_a_queue_has_limits(llm):
     assert engine.stats().requests == 1
 
 
+def test_who_has_begun_is_not_in_the_queue(llm):
+    """Neither the other texts of a request, nor who made room for somebody else."""
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_sequences=1, max_waiting=1, max_waiting_tokens=10)
+    engine.add(engine.intake.request([5] * 8, SamplingParams(n=8, max_tokens=3), priority=1))
+    engine.step()
+    assert engine.stats().waiting == 7
+    engine.add(engine.intake.request([5], SamplingParams(max_tokens=3)))
+    engine.step()
+    assert engine.stats().preemptions == 1
+    engine.add(engine.intake.request([5], SamplingParams(max_tokens=3)))
+    with pytest.raises(QueueFull, match="1 requests wait, and max_waiting is 1"):
+        engine.add(engine.intake.request([5], SamplingParams(max_tokens=3)))
+    run(engine, [])
+
+
 def test_what_can_never_fit_is_refused_at_once(llm):
     engine = make_engine(llm, "SLAB_POOL", 64)
     per_token = llm.model.cache_shape.bytes_per_token
