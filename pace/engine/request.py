@@ -128,13 +128,15 @@ class Request:
         )
 
     def _chosen(self) -> Iterable[Sequence]:
-        """The texts that are shown: of best_of, those with the highest log-probability a token, and what went wrong
-        last.
+        """The texts that are shown: of best_of, those with the highest log-probability a token; last those that went
+        wrong or never began.
         """
         if not self.params.chooses:
             return self.sequences
-        ranked = sorted(self.sequences, key=lambda each: (each.finish_reason == "error", -each.mean_logprob))
-        return ranked[: self.params.n]
+        return sorted(
+            self.sequences,
+            key=lambda each: (each.finish_reason == "error" or not each.token_ids, -each.mean_logprob),
+        )[: self.params.n]
 
     def _completion(self, index: int, sequence: Sequence) -> CompletionOutput:
         text, shown = sequence.stream.text, self._shown.get(sequence.index, 0)

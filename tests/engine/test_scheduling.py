@@ -549,6 +549,15 @@ def test_what_went_wrong_is_not_the_best(llm, monkeypatch):
     assert request.output().outputs[0].finish_reason == "length"
 
 
+def test_what_never_began_is_not_the_best(llm):
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_sequences=1)
+    request = engine.intake.request([6] * 5, SamplingParams(best_of=4, seed=0, max_tokens=4, ignore_eos=True))
+    engine.add(request)
+    engine.step()
+    engine.cancel(request)
+    assert len(request.output().outputs[0].token_ids) == 1
+
+
 def test_a_prompt_that_shares_nothing_is_not_let_in_as_if_it_did(llm):
     """Where prompt_logprobs need the whole prompt computed, what others hold of it makes no room."""
     engine = make_engine(llm, "PAGED", 144, reserve_tokens=0)
