@@ -63,8 +63,8 @@ class AsyncEngine:
         """
         request = await asyncio.to_thread(self.engine.intake.request, prompt, sampling_params, priority, request_id)
         stream = _Stream(asyncio.get_running_loop())
-        await self._on_engine(lambda: self._begin(request, stream))
-        try:
+        try:  # from here on: who is cancelled while it begins has begun
+            await self._on_engine(lambda: self._begin(request, stream))
             while True:
                 output = await stream.next()
                 yield output

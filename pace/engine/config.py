@@ -18,7 +18,7 @@ class EngineConfig:
     max_batch_tokens: int = 1024  # of a forward pass: past a few hundred the products gain nothing
     max_sequences: int = 256  # that run at once
     reserve_tokens: int = 64  # of output, for which a sequence must find room before it is let in
-    max_waiting: int | None = None  # requests in the queue; None: any number
+    max_waiting: int | None = None  # requests that have not begun; None: any number
     max_waiting_tokens: int | None = None  # of their prompts
     stretch: float = 2.0
 

@@ -79,31 +79,30 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request, made by Intake. QueueFull where too many wait, with the numbers."""
-        waiting, config = self.scheduler.waiting, self.config
-        if config.max_waiting is not None and len(waiting) >= config.max_waiting:
-            raise QueueFull(f"{len(waiting)} requests wait, and max_waiting is {config.max_waiting}: try again later")
-        if config.max_waiting_tokens is not None:
-            tokens = sum(sequence.pending for sequence in waiting)
-            if waiting and tokens + len(request.prompt_token_ids) > config.max_waiting_tokens:
-                raise QueueFull(
-                    f"{tokens} tokens of prompts wait, and max_waiting_tokens is {config.max_waiting_tokens}: no room "
-                    f"for {len(request.prompt_token_ids)} more, try again later"
-                )
+        self._check_queue(request)
         request.arrival = self._requests
         self._requests += 1
         self.scheduler.add(request.sequences[:1])
 
-    def cancel(self, request: Request) -> None:
-        """End a request wherever it is; nothing where it has ended."""
-        if request.finished:
+    def _check_queue(self, request: Request) -> None:
+        """Whether there is room for one more of those that have not begun."""
+        most, most_tokens = self.config.max_waiting, self.config.max_waiting_tokens
+        if most is None and most_tokens is None:
             return
-        try:
-            for sequence in request.sequences:
-                if sequence.finish_reason is None:
-                    sequence.finish("cancelled")
-        finally:
-            self.scheduler.withdraw(request)
-            self._count_end(request)
+        waiting = [sequence.request for sequence in self.scheduler.waiting if not sequence.request.begun]
+        if most is not None and len(waiting) >= most:
+            raise QueueFull(f"{len(waiting)} requests wait, and max_waiting is {most}: try again later")
+        tokens, more = sum(len(other.prompt_token_ids) for other in waiting), len(request.prompt_token_ids)
+        if most_tokens is not None and waiting and tokens + more > most_tokens:
+            raise QueueFull(
+                f"{tokens} tokens of prompts wait, and max_waiting_tokens is {most_tokens}: no room for {more} more, "
+                "try again later"
+            )
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it is; nothing where it has ended, or never was added."""
+        if request.arrival is not None and not request.finished:
+            self._end(request, "cancelled")
 
     def step(self) -> list[Request]:
         """One forward pass; returns the requests that it brought a token or an end.
@@ -115,9 +114,11 @@ class Engine:
             batch = self.scheduler.next_batch()
         except CacheFull as error:  # something else holds the cache
             (sequence,) = self.scheduler.running
-            sequence.finish("error", str(error))
-            self.scheduler.withdraw(sequence.request)
-            return self._news([sequence])
+            self._end(sequence.request, "error", str(error))
+            return [sequence.request]
+        except BaseException:
+            self.scheduler.take_back()
+            raise
         if batch is None:
             return []
         began, told = time.perf_counter(), [batch.sequences[i] for i in batch.ready]
@@ -128,7 +129,7 @@ class Engine:
             self._fail(batch, f"{type(error).__name__}: {error}")
             told = batch.sequences
         except BaseException:
-            self.scheduler.take_back(batch)
+            self.scheduler.take_back()
             raise
         finally:
             self.scheduler.retire(batch)
@@ -151,17 +152,21 @@ class Engine:
 
     # --- a step ---
 
-    def _advance(self, batch: Batch, ready: list[Sequence]) -> None:
-        hidden = self.model.forward(batch.tokens, batch.placement, self.cache)
-        self._read_prompts(batch, hidden)
+    def _advance(self, batch: Batch, told: list[Sequence]) -> None:
+        """told: who draws a token; whose prompt turns out to be at fault is added."""
+        hidden, ready = self.model.forward(batch.tokens, batch.placement, self.cache), told[:]
+        told += self._read_prompts(batch, hidden)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.computed += count
         self._steps += 1
         if ready:
             self._sampler.sample(self.model.logits(hidden[batch.last_rows]), ready)
 
-    def _read_prompts(self, batch: Batch, hidden: Array) -> None:
-        """Log-probabilities of the prompts that went through the model, where they are asked for."""
+    def _read_prompts(self, batch: Batch, hidden: Array) -> list[Sequence]:
+        """Log-probabilities of the prompts that went through the model, where they are asked for. Returns those that
+        have none, which ends them.
+        """
+        ended = []
         for i, sequence in enumerate(batch.sequences):
             request = sequence.request
             if sequence.index or not request.missing_prompt_logprobs:
@@ -172,15 +177,31 @@ class Engine:
             end = min(sequence.computed + batch.counts[i] + 1, sequence.num_prompt)
             for at in range(len(known), end, LOGIT_ROWS):
                 tokens = np.array(sequence.ids[at : min(at + LOGIT_ROWS, end)], np.int32)
-                rows = hidden[first + at - 1 : first + at - 1 + len(tokens)]
-                known += self._sampler.logprobs_of(self.model.logits(rows), tokens, request.params.prompt_logprobs)
+                logits = self.model.logits(hidden[first + at - 1 : first + at - 1 + len(tokens)])
+                try:
+                    known += self._sampler.logprobs_of(logits, tokens, request.params.prompt_logprobs)
+                except ValueError as error:
+                    sequence.finish("error", str(error))
+                    ended.append(sequence)
+                    break
+        return ended
 
     def _fail(self, batch: Batch, reason: str) -> None:
-        self.scheduler.take_back(batch)  # what was not written must not be found by others
+        self.scheduler.take_back()  # what was not written must not be found by others
         for sequence in batch.sequences:
             if sequence.finish_reason is None:
                 with suppress(Exception):  # its text may be what failed
                     sequence.finish("error", reason)
+
+    def _end(self, request: Request, reason: str, detail: str | None = None) -> None:
+        """All of its texts that have not ended."""
+        try:
+            for sequence in request.sequences:
+                if sequence.finish_reason is None:
+                    sequence.finish(reason, detail)
+        finally:
+            self.scheduler.withdraw(request)
+            self._count_end(request)
 
     def _news(self, sequences: abc.Iterable[Sequence]) -> list[Request]:
         """The requests of sequences that have a new token or have ended, each once; and what there is to count."""
@@ -193,5 +214,5 @@ class Engine:
     def _count_end(self, request: Request) -> None:
         self._finished[request.sequences[0].finish_reason or ""] += 1
         self._prompt_tokens += len(request.prompt_token_ids)
-        self._cached_tokens += request.cached_tokens
+        self._cached_tokens += request.cached_tokens or 0
         self._output_tokens += request.num_output_tokens

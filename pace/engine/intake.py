@@ -2,6 +2,7 @@
 
 from collections import abc
 from itertools import count
+from numbers import Integral
 from operator import index
 from typing import Any
 
@@ -52,6 +53,8 @@ class Intake:
         ValueError for a prompt that is empty, has tokens which the model lacks, or does not fit the context or the
         cache with what is asked for; and for parameters that this model can't follow.
         """
+        if not isinstance(priority, Integral):
+            raise ValueError(f"priority is {priority!r}; it must be an integer")
         params = (params or SamplingParams()).with_defaults(self.defaults)
         tokens = self.token_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "the prompt")
         if not tokens:
@@ -73,7 +76,7 @@ class Intake:
             prompt_token_ids=tokens,
             params=params,
             sequences=[sequence(number) for number in range(params.num_texts)],
-            priority=priority,
+            priority=int(priority),
         )
 
     def token_ids(self, tokens: abc.Iterable[int], where: str) -> list[int]:

@@ -84,15 +84,20 @@ class Request:
     sequences: list[Sequence]
     priority: int = 0
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # when it was first let in
     metrics: Metrics = field(default_factory=Metrics)
-    arrival: int = 0  # the engine's count of requests
+    arrival: int | None = None  # the engine's count of requests, once it is there
     _shown: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for sequence in self.sequences:
             sequence.request = self
         self.followers = self.sequences[1:]  # those that wait for the first to have been through the prompt
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was let in, even if some or all of its texts wait again."""
+        return self.cached_tokens is not None
 
     @property
     def missing_prompt_logprobs(self) -> bool:
@@ -118,15 +123,20 @@ class Request:
             [self._completion(i, sequence) for i, sequence in enumerate(self._chosen())],
             self.finished,
             self.metrics,
-            Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens),
+            Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens or 0),
             None if params.prompt_logprobs is None else list(self.prompt_logprobs),
         )
 
     def _chosen(self) -> Iterable[Sequence]:
-        """The texts that are shown: of best_of, those with the highest log-probability a token."""
+        """The texts that are shown: of best_of, those with the highest log-probability a token; last those that went
+        wrong or never began.
+        """
         if not self.params.chooses:
             return self.sequences
-        return sorted(self.sequences, key=lambda sequence: -sequence.mean_logprob)[: self.params.n]
+        return sorted(
+            self.sequences,
+            key=lambda each: (each.finish_reason == "error" or not each.token_ids, -each.mean_logprob),
+        )[: self.params.n]
 
     def _completion(self, index: int, sequence: Sequence) -> CompletionOutput:
         text, shown = sequence.stream.text, self._shown.get(sequence.index, 0)

@@ -33,7 +33,7 @@ class Sampler:
         sampled = self._sampling(
             logits,
             np.frombuffer(b"".join([sequence.row for sequence in sequences]), SAMPLING_DTYPE),
-            np.array([0.0 if s.params.temperature == 0 else s.generator.random() for s in sequences]),
+            np.array([0.0 if s.params.temperature == 0 else s.uniform() for s in sequences]),
             history(sequences),
             biases(sequences),
             most_asked(sequences),
@@ -46,18 +46,18 @@ class Sampler:
                 dead = allowed is not None and not allowed[row].any()
                 sequence.finish("error", "the grammar allows no token" if dead else NO_TOKEN)
                 continue
-            if wanted(sequence) is not None:
-                noted = self._logprobs(sampled, row, token, sequence.params.logprobs or 0)
-                sequence.cumulative_logprob += noted[token].logprob
-                if sequence.params.logprobs is not None:
-                    sequence.logprobs.append(noted)
             try:
+                if wanted(sequence) is not None:
+                    noted = self._logprobs(sampled, row, token, sequence.params.logprobs or 0)
+                    sequence.cumulative_logprob += noted[token].logprob
+                    if sequence.params.logprobs is not None:
+                        sequence.logprobs.append(noted)
                 sequence.accept(token)
             except Exception as error:
                 sequence.finish("error", str(error))
 
     def logprobs_of(self, logits: Float, tokens: NDArray[np.int32], count: int) -> list[Logprobs]:
-        """Of tokens that are given, one a row, and of the `count` most probable beside each."""
+        """Of tokens that are given, one a row, and of the `count` most probable beside each. ValueError for NaN."""
         rows = np.frombuffer(_GREEDY * len(logits), SAMPLING_DTYPE)
         sampled = self._sampling(logits, rows, None, None, None, count, None, tokens)
         return [self._logprobs(sampled, row, token, count) for row, token in enumerate(tokens.tolist())]
@@ -67,6 +67,8 @@ class Sampler:
         assert sampled.ranks is not None
         assert sampled.top_tokens is not None
         assert sampled.top_logprobs is not None
+        if sampled.ranks[row] == 0:  # also where a grammar hides the NaN, and a token was drawn
+            raise ValueError(NO_TOKEN)
         top = zip(sampled.top_tokens[row, :count].tolist(), sampled.top_logprobs[row, :count].tolist(), strict=True)
         own = Logprob(float(sampled.logprobs[row]), int(sampled.ranks[row]), self._text(token))
         return {token: own} | {t: Logprob(p, rank, self._text(t)) for rank, (t, p) in enumerate(top, start=1)}

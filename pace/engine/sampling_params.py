@@ -88,6 +88,9 @@ class SamplingParams:
             self._convert(name, Integral, int, "an integer")
         for name in _NUMBERS:
             self._convert(name, Real, float, "a number")
+        for name in ("stop", "bad_words", "stop_token_ids"):
+            if getattr(self, name) is None:  # as vLLM's users say that there are none
+                self._set(name, ())
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             self._set(name, self._items(name, (value,) if isinstance(value, str) else value, str, str, "strings"))
@@ -141,7 +144,10 @@ class SamplingParams:
             return
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be {wanted}{', or None' if optional else ''}")
-        self._set(name, to(value))
+        try:
+            self._set(name, to(value))
+        except OverflowError:
+            raise ValueError(f"{name} is {value!r}; it must be {wanted} that a float can hold") from None
 
     def _items(self, name: str, values: Any, kind: type, to: type, wanted: str) -> tuple[Any, ...]:
         try:
@@ -157,7 +163,7 @@ class SamplingParams:
             return None
         try:
             biases = {int(token): float(value) for token, value in dict(self.logit_bias).items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             biases = {0: math.nan}
         if not all(-_MOST <= value <= _MOST for value in biases.values()):
             raise ValueError(

@@ -75,12 +75,12 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 self._release(sequence)
 
-    def take_back(self, batch: Batch) -> None:
+    def take_back(self) -> None:
         """Forget a step that was not brought to its end."""
-        for sequence in batch.sequences:
-            if sequence.slot is not None:
-                sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
-                self.cache.truncate(sequence.slot, sequence.computed)
+        for sequence in self.running:
+            assert sequence.slot is not None
+            sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
+            self.cache.truncate(sequence.slot, sequence.computed)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
@@ -110,21 +110,30 @@ class Scheduler:
         while self.waiting:
             sequence = self.waiting[0]
             if self._has_room(sequence):
-                del self.waiting[0]
                 self._begin(sequence)
-            elif self.running and sequence.request.priority < self.running[-1].request.priority:
+                del self.waiting[0]
+            elif (behind := self._behind(sequence)) and self._has_room(sequence, behind):
                 self._preempt()
             else:
                 return
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        if len(self.running) >= self.config.max_sequences:
+    def _behind(self, sequence: Sequence) -> list[Sequence]:
+        """Those who run that make room for it."""
+        return [other for other in self.running if other.request.priority > sequence.request.priority]
+
+    def _has_room(self, sequence: Sequence, gone: abc.Sequence[Sequence] = ()) -> bool:
+        """Whether it can be let in, once those who are `gone` are."""
+        if len(self.running) - len(gone) >= self.config.max_sequences:
             return False
-        if not self.running:
+        if len(self.running) == len(gone):
             return True  # whoever is alone fits, or would not have been taken on
         goal = self._goal(sequence)
-        room = self.cache.free_tokens() - self._promised()
-        return self.cache.tokens_needed(goal) <= room or self.cache.tokens_needed(goal, sequence.ids) <= room
+        room = self.cache.free_tokens() - self._promised() + self._wanted(gone)
+        if self.cache.tokens_needed(goal) <= room:
+            return True
+        # Whose prompt has to go through the model whole begins with nothing that others hold.
+        whole = sequence.request.missing_prompt_logprobs
+        return not whole and self.cache.tokens_needed(goal, sequence.ids) <= room
 
     def _goal(self, sequence: Sequence) -> int:
         """The length for which a sequence must find room before it is let in."""
@@ -132,14 +141,18 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Capacity that those who run have not taken yet: for the rest of their prompts, and their reserve."""
-        goals = np.array([self._goal(sequence) for sequence in self.running])
-        computed = np.array([sequence.computed for sequence in self.running])
-        return int((self.cache.tokens_needed(goals) - self.cache.tokens_needed(computed)).sum())
+        computed = np.array([sequence.computed for sequence in self.running], np.int64)
+        return self._wanted(self.running) - int(self.cache.tokens_needed(computed).sum())
+
+    def _wanted(self, sequences: abc.Sequence[Sequence]) -> int:
+        """Capacity that they have taken, or are promised."""
+        goals = np.array([self._goal(sequence) for sequence in sequences], np.int64)
+        return int(self.cache.tokens_needed(goals).sum())
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.slot = self._slot_for(sequence)
         sequence.computed = self.cache.length(sequence.slot)
-        if sequence.index == 0 and not sequence.token_ids:
+        if not sequence.request.begun:  # later, it may be what the request itself has left there
             sequence.request.cached_tokens = sequence.computed
         insort(self.running, sequence, key=_ORDER)
 
@@ -166,8 +179,11 @@ class Scheduler:
         """Who is in the batch, with how many tokens each; and how many of them decode."""
         sequences = [sequence for sequence in self.running if sequence.pending == 1]
         decoding = len(sequences)
-        counts, left = [1] * decoding, self._prompt_tokens(decoding)
-        for sequence in self.running if decoding < len(self.running) else ():
+        counts = [1] * decoding
+        if decoding == len(self.running):
+            return sequences, counts, decoding
+        left = self._prompt_tokens(decoding)
+        for sequence in self.running:
             if sequence.pending > 1 and left:
                 sequences.append(sequence)
                 counts.append(min(sequence.pending, left))

@@ -64,7 +64,8 @@ class Sequence:
         self.stream, self.bad_words, self.matcher = stream, tuple(bad_words), matcher
         self._bias, self._bias_arrays = bias, _arrays(bias)
         self.row = params.row()
-        self.generator = np.random.Generator(np.random.Philox(_seeds(params.seed, index)))
+        self._generator = np.random.Generator(np.random.Philox(_seeds(params.seed, index)))
+        self._uniform: float | None = None
         self.seen = Seen(prompt) if params.penalises else None
         self.computed = 0
         self.slot: int | None = None
@@ -87,6 +88,7 @@ class Sequence:
     @property
     def order(self) -> tuple[int, int, int]:
         """Who goes first."""
+        assert self.request.arrival is not None
         return self.request.priority, self.request.arrival, self.index
 
     @property
@@ -105,8 +107,15 @@ class Sequence:
     def _ends_with(self, tokens: tuple[int, ...]) -> bool:
         return tuple(self.ids[len(self.ids) - len(tokens) :]) == tokens
 
+    def uniform(self) -> float:
+        """What the next token is drawn with: the same until there is one, also where a step is interrupted."""
+        if self._uniform is None:
+            self._uniform = self._generator.random()
+        return self._uniform
+
     def accept(self, token: int) -> None:
         """One more token of output, which may be the last."""
+        self._uniform = None
         if self.request.metrics.first_token is None:
             self.request.metrics.first_token = time.perf_counter()
         self.ids.append(token)

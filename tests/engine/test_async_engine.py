@@ -102,6 +102,23 @@ def test_leaving_cancels(llm):
         assert (stats.running, stats.cache.used_bytes) == (0, 0)
 
 
+def test_leaving_while_it_begins_cancels(llm):
+    """The engine has taken it, and the one who asked is gone before they hear of it."""
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12)
+
+    @running(engine)
+    async def _(served):
+        task = asyncio.create_task(last(served.generate([5], ENDLESS)))
+        while not engine.stats().requests:
+            await asyncio.sleep(0)
+            time.sleep(0.02)  # the loop is busy, and what the engine says waits
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await served.stats()).finished == {"cancelled": 1}
+        assert not served._streams
+
+
 def test_cancelling_by_id(llm):
     @running(make_engine(llm, "SLAB_POOL", 1 << 12))
     async def _(served):

@@ -483,7 +483,6 @@ def test_prompts_of_any_kind_of_integers(llm, form):
         {"logprobs": -1},
         {"stop": [3]},
         {"stop": 3},
-        {"stop": None},
         {"seed": 1.5},
         {"seed": "1"},
         {"top_k": 2.0},

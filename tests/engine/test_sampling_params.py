@@ -312,3 +312,17 @@ def test_a_bar_for_many_prompts(llm, capsys):
     llm.generate([[5], [6]], greedy(max_tokens=2))  # no terminal
     llm.generate([[5], [6]], greedy(max_tokens=2), use_tqdm=False)
     assert capsys.readouterr().err == ""
+
+
+def test_none_is_no_stop_and_no_bad_word():
+    """What vLLM's users write for it."""
+    params = SamplingParams(stop=None, stop_token_ids=None, bad_words=None)
+    assert params == SamplingParams()
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "frequency_penalty"])
+def test_numbers_that_no_float_holds(name):
+    with pytest.raises(ValueError, match=f"{name} is 1000"):
+        SamplingParams(**{name: 10**400})
+    with pytest.raises(ValueError, match="logit_bias is"):
+        SamplingParams(logit_bias={5: 10**400})

@@ -15,6 +15,7 @@ from pace import LLM, SamplingParams
 from pace.cache import CACHES, CacheFull
 from pace.engine.config import EngineConfig
 from pace.engine.engine import Engine, QueueFull
+from pace.engine.structured import StructuredOutputsParams
 from pace.ops import OperatorConfig
 
 from .fakes import EOS, VOCABULARY, scripted, word, write_model
@@ -271,6 +272,23 @@ def test_priorities(llm):
     assert engine.stats().preemptions == 1
 
 
+def test_nobody_makes_room_that_is_not_enough(llm):
+    engine = make_engine(llm, "SLAB_POOL", 160, reserve_tokens=0)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    equal = engine.intake.request([5] * 70, params)
+    lower = engine.intake.request([6] * 20, params, priority=5)
+    engine.add(equal)
+    engine.add(lower)
+    engine.step()
+    engine.add(engine.intake.request([7] * 100, params))  # has to wait for the first in any case
+    engine.step()
+    assert engine.stats().running == 2
+    engine.add(engine.intake.request([7] * 60, params, priority=-1))  # without the last there is room
+    engine.step()
+    assert [text.slot is None for text in (*equal.sequences, *lower.sequences)] == [False, True]
+    run(engine, [])
+
+
 def test_a_queue_has_limits(llm):
     engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_waiting=2)
     params = SamplingParams(max_tokens=2)
@@ -287,6 +305,21 @@ def test_a_queue_has_limits(llm):
         engine.add(engine.intake.request([5], params))
     run(engine, [])
     assert engine.stats().requests == 1
+
+
+def test_who_has_begun_is_not_in_the_queue(llm):
+    """Neither the other texts of a request, nor who made room for somebody else."""
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_sequences=1, max_waiting=1, max_waiting_tokens=10)
+    engine.add(engine.intake.request([5] * 8, SamplingParams(n=8, max_tokens=3), priority=1))
+    engine.step()
+    assert engine.stats().waiting == 7
+    engine.add(engine.intake.request([5], SamplingParams(max_tokens=3)))
+    engine.step()
+    assert engine.stats().preemptions == 1
+    engine.add(engine.intake.request([5], SamplingParams(max_tokens=3)))
+    with pytest.raises(QueueFull, match="1 requests wait, and max_waiting is 1"):
+        engine.add(engine.intake.request([5], SamplingParams(max_tokens=3)))
+    run(engine, [])
 
 
 def test_what_can_never_fit_is_refused_at_once(llm):
@@ -441,3 +474,153 @@ def test_the_end_of_one_text_of_many(llm):
     ]
     assert output.finished
     assert output.metrics.finished is not None
+
+
+def test_somebody_else_holds_the_cache_of_many_texts(llm):
+    engine = make_engine(llm, "SLAB_POOL", 64)
+    engine.cache.append([engine.cache.allocate()], [50])
+    request = engine.intake.request([5] * 30, SamplingParams(n=3, max_tokens=4))
+    run(engine, [request])
+    assert [text.finish_reason for text in request.sequences] == ["error"] * 3
+    assert engine.stats().finished == {"error": 1}
+
+
+def with_logits(llm, monkeypatch, change):
+    """Whatever the model says, changed: change(logits) is called of each."""
+    logits = llm.model.logits
+
+    def changed(hidden):
+        found = logits(hidden)
+        change(found)
+        return found
+
+    monkeypatch.setattr(llm.model, "logits", changed)
+
+
+def test_a_prompt_without_log_probabilities_ends_alone(llm, monkeypatch):
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_batch_tokens=8)
+
+    def poison(logits):
+        if len(logits) == 6:  # a chunk of the prompt's
+            logits[2, 7] = np.nan
+
+    good = engine.intake.request([5, 6], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    bad = engine.intake.request([6] * 12, SamplingParams(max_tokens=4, prompt_logprobs=2))
+    with_logits(llm, monkeypatch, poison)
+    engine.add(good)
+    engine.add(bad)
+    assert bad in engine.step()
+    run(engine, [])
+    assert [text.outputs[0].finish_reason for text in (good.output(), bad.output())] == ["length", "error"]
+    assert bad.output().outputs[0].stop_reason == "the logits hold NaN or leave no token to draw"
+    assert engine.stats().cache.used_bytes == 0
+
+
+def test_nan_that_a_grammar_hides_ends_one_text(llm, monkeypatch):
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12)
+
+    def poison(logits):
+        if len(logits) == 2:
+            logits[1, 7] = np.nan
+
+    letters = StructuredOutputsParams(regex="[ab]{3}")
+    good = engine.intake.request([5, 6], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    bad = engine.intake.request([6] * 3, SamplingParams(max_tokens=4, logprobs=2, structured_outputs=letters))
+    with_logits(llm, monkeypatch, poison)
+    run(engine, [good, bad])
+    assert [request.output().outputs[0].finish_reason for request in (good, bad)] == ["length", "error"]
+
+
+def test_what_went_wrong_is_not_the_best(llm, monkeypatch):
+    """A text that ended before its first token has no log-probability that could be low."""
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12)
+
+    request = engine.intake.request([6] * 5, SamplingParams(best_of=4, seed=0, max_tokens=4, ignore_eos=True))
+    calls = []
+
+    def once(logits):
+        calls.append(len(logits))
+        if len(calls) == 2:
+            logits[-1] = np.nan
+
+    with_logits(llm, monkeypatch, once)
+    run(engine, [request])
+    assert [text.finish_reason for text in request.sequences].count("error") == 1
+    assert request.output().outputs[0].finish_reason == "length"
+
+
+def test_what_never_began_is_not_the_best(llm):
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_sequences=1)
+    request = engine.intake.request([6] * 5, SamplingParams(best_of=4, seed=0, max_tokens=4, ignore_eos=True))
+    engine.add(request)
+    engine.step()
+    engine.cancel(request)
+    assert len(request.output().outputs[0].token_ids) == 1
+
+
+def test_a_prompt_that_shares_nothing_is_not_let_in_as_if_it_did(llm):
+    """Where prompt_logprobs need the whole prompt computed, what others hold of it makes no room."""
+    engine = make_engine(llm, "PAGED", 144, reserve_tokens=0)
+    first = engine.intake.request([9] * 70, SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    engine.add(first)
+    engine.step()
+    run(engine, [engine.intake.request([9] * 70, SamplingParams(max_tokens=4, prompt_logprobs=1))])
+    assert engine.stats().preemptions == 0
+
+
+def test_what_a_request_left_itself_is_no_hit(llm):
+    engine = make_engine(llm, "PAGED", 1 << 12, max_batch_tokens=32, max_sequences=1)
+    low = engine.intake.request([9] * 100, SamplingParams(max_tokens=2), priority=5)
+    engine.add(low)
+    engine.step()
+    run(engine, [engine.intake.request([8], SamplingParams(max_tokens=2))])
+    assert engine.stats().preemptions == 1
+    assert engine.stats().cached_tokens == 0
+
+
+def test_a_priority_is_a_number(llm):
+    engine = make_engine(llm, "SLAB_POOL", 64)
+    for priority in (None, "high", 0.5):
+        with pytest.raises(ValueError, match=f"priority is {priority!r}; it must be an integer"):
+            engine.intake.request([5], priority=priority)
+
+
+def test_what_was_refused_is_not_counted(llm):
+    engine = make_engine(llm, "SLAB_POOL", 1 << 12, max_waiting=1)
+    engine.add(engine.intake.request([5], SamplingParams(max_tokens=2, ignore_eos=True)))
+    refused = engine.intake.request([5], SamplingParams(max_tokens=2))
+    with pytest.raises(QueueFull):
+        engine.add(refused)
+    engine.cancel(refused)
+    run(engine, [])
+    assert (engine.stats().requests, engine.stats().finished) == (1, {"length": 1})
+
+
+@pytest.mark.parametrize("where", ["sample", "append"])
+def test_an_interrupted_step_is_as_if_it_had_not_begun(llm, monkeypatch, where):
+    """Also where the tokens' places were taken already, or the numbers drawn that the next tokens are drawn with."""
+    params = SamplingParams(max_tokens=8, temperature=3.0, seed=3, ignore_eos=True)
+    engine = make_engine(llm, "PAGED", 1 << 12)
+    expected = engine.intake.request([5] * 40, params)
+    run(engine, [expected])
+    engine = make_engine(llm, "PAGED", 1 << 12)
+    request = engine.intake.request([5] * 40, params)
+    engine.add(request)
+    holder, name = {"sample": (engine._sampler, "_sampling"), "append": (engine.cache, "append")}[where]
+    original = getattr(holder, name)
+
+    def interrupted(*args):
+        original(*args)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        engine.step()
+    run(engine, [])
+    assert seen(request) == seen(expected)
+    again = engine.intake.request([5] * 40, params)  # begins with what the cache has now
+    run(engine, [again])
+    assert seen(again) == seen(expected)
