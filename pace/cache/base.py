@@ -140,11 +140,14 @@ class KVCache(ABC):
         """How many tokens a sequence has."""
 
     @abstractmethod
-    def tokens_needed(self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None) -> Count:
+    def tokens_needed(
+        self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None, forked_at: int | None = None
+    ) -> Count:
         """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks. For several, an
         array of int64.
 
-        Of one that begins with `prompt`, only what free_tokens would be less: not what living sequences hold of it.
+        Of one that begins with `prompt`, or as a fork cut back to `forked_at` tokens, only what free_tokens would be
+        less: not what living sequences hold of it.
         """
 
     @abstractmethod

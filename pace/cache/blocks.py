@@ -155,7 +155,9 @@ class BlockCache(KVCache):
     def free_tokens(self) -> int:
         return self._num_free * self.block_tokens
 
-    def tokens_needed(self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None) -> Count:
+    def tokens_needed(
+        self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None, forked_at: int | None = None
+    ) -> Count:
         return self.room_for(num_tokens)
 
     def stats(self) -> CacheStats:

@@ -71,8 +71,12 @@ class SharedBlocks(BlockCache):
             self._register(sequence)
         super().free(sequence)
 
-    def tokens_needed(self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None) -> Count:
+    def tokens_needed(
+        self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None, forked_at: int | None = None
+    ) -> Count:
         needed = super().tokens_needed(num_tokens)
+        if forked_at is not None:
+            return needed - forked_at // self.block_tokens * self.block_tokens
         if prompt is None or not self.prefix_caching:
             return needed
         held = sum(block not in self._idle for block in self._beginning(prompt).tolist())

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from operator import index
 from typing import Any, Self
 
 import numpy as np
@@ -97,6 +98,9 @@ class SamplingParams:
         for name in ("stop_token_ids", "eos_token_ids"):
             if (tokens := getattr(self, name)) is not None:
                 self._set(name, self._items(name, tokens, Integral, int, "token ids"))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         self._set("logit_bias", self._biases())
         for name, fits, wanted in (
             ("temperature", self._within("temperature", 0, _MOST), f"from 0 to {_MOST}"),
@@ -162,7 +166,7 @@ class SamplingParams:
         if self.logit_bias is None:
             return None
         try:
-            biases = {int(token): float(value) for token, value in dict(self.logit_bias).items()}
+            biases = {index(token): float(value) for token, value in dict(self.logit_bias).items()}
         except (TypeError, ValueError, OverflowError):
             biases = {0: math.nan}
         if not all(-_MOST <= value <= _MOST for value in biases.values()):

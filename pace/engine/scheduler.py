@@ -48,6 +48,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._refused: tuple[Sequence, int] | None = None  # who found no room, and how much there was
         self._chunks = Chunks(config.stretch)
         self._tokens = np.empty(config.max_batch_tokens + config.max_sequences, np.int32)
 
@@ -131,9 +132,20 @@ class Scheduler:
         room = self.cache.free_tokens() - self._promised() + self._wanted(gone)
         if self.cache.tokens_needed(goal) <= room:
             return True
+        if self._forks(sequence) and sequence.request.sequences[0] not in gone:
+            return self.cache.tokens_needed(goal, forked_at=sequence.num_prompt - 1) <= room
         # Whose prompt has to go through the model whole begins with nothing that others hold.
         whole = sequence.request.missing_prompt_logprobs
-        return not whole and self.cache.tokens_needed(goal, sequence.ids) <= room
+        if whole or (sequence, room) == self._refused:
+            return False
+        fits = self.cache.tokens_needed(goal, sequence.ids) <= room
+        self._refused = None if fits else (sequence, room)  # a long prompt is not looked up again at every step
+        return fits
+
+    def _forks(self, sequence: Sequence) -> bool:
+        """Whether it can begin as a fork of its request's first, which has been through the prompt."""
+        first = sequence.request.sequences[0]
+        return not sequence.token_ids and first.slot is not None and first.computed >= sequence.num_prompt
 
     def _goal(self, sequence: Sequence) -> int:
         """The length for which a sequence must find room before it is let in."""
@@ -158,11 +170,11 @@ class Scheduler:
 
     def _slot_for(self, sequence: Sequence) -> int:
         """With what the cache has of its tokens."""
-        first, prompt = sequence.request.sequences[0], sequence.num_prompt
-        if not sequence.token_ids and first.slot is not None and first.computed >= prompt:
+        first = sequence.request.sequences[0].slot
+        if first is not None and self._forks(sequence):
             with suppress(CacheFull):
-                slot = self.cache.fork(first.slot)
-                self.cache.truncate(slot, prompt - 1)
+                slot = self.cache.fork(first)
+                self.cache.truncate(slot, sequence.num_prompt - 1)
                 return slot
         if sequence.request.missing_prompt_logprobs:
             return self.cache.allocate()  # all of the prompt goes through the model

@@ -43,13 +43,12 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a text")
-        object.__setattr__(self, "json", self._schema())
+        if self.json is not None:
+            object.__setattr__(self, "json", self._schema(self.json))
 
-    def _schema(self) -> str | None:
+    @staticmethod
+    def _schema(schema: str | Mapping[str, Any]) -> str:
         """As text, so that what it says can't change any more."""
-        schema = {"type": "object"} if self.json_object else self.json
-        if schema is None:
-            return None
         try:
             parsed = json.loads(schema) if isinstance(schema, str) else schema
             text = json.dumps(parsed)
@@ -118,8 +117,9 @@ def _grammar(params: StructuredOutputsParams) -> str:
     """As llguidance takes it."""
     from llguidance import LLMatcher, grammar_from
 
-    if params.json is not None:
-        return LLMatcher.grammar_from_json_schema(str(params.json), {"whitespace_pattern": WHITESPACE})
+    if params.json_object or params.json is not None:
+        schema = '{"type": "object"}' if params.json_object else str(params.json)
+        return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE})
     if params.regex is not None:
         return grammar_from("regex", params.regex)
     if params.choice is not None:

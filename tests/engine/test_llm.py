@@ -137,6 +137,8 @@ def test_prompts_as_text_and_as_tokens(llm):
     assert text[0].prompt_token_ids == tokens[0].prompt_token_ids == single[0].prompt_token_ids == byte_tokens("hi")
     assert len(llm.generate(["a", "b", [5]])) == 3
     assert llm.generate([]) == []
+    for form in (np.array, torch.tensor):
+        assert llm.generate(form(byte_tokens("hi")))[0].prompt_token_ids == byte_tokens("hi")
     numpy = llm.generate(np.array(byte_tokens("hi")), GREEDY)[0]
     assert numpy.outputs[0].token_ids == llm.generate("hi", GREEDY)[0].outputs[0].token_ids
     assert all(type(token) is int for token in numpy.prompt_token_ids)

@@ -357,6 +357,29 @@ def test_texts_of_one_prompt_compute_it_once(llm):
         assert single.output().outputs[0].token_ids == texts[0]
 
 
+@pytest.mark.parametrize(("cache", "prefix_caching"), [("SLAB_POOL", False), ("PAGED", True), ("PAGED", False)])
+def test_texts_of_one_prompt_need_room_for_it_once(llm, monkeypatch, cache, prefix_caching):
+    """Forks are let in where there is no room for the prompt of each."""
+    engine = make_engine(llm, cache, 176, prefix_caching, reserve_tokens=0)
+    request = engine.intake.request([5] * 97, SamplingParams(n=4, seed=1, max_tokens=8, ignore_eos=True))
+    computed = []
+    monkeypatch.setattr(llm.model, "forward", partial(counted, llm.model.forward, computed))
+    run(engine, [request])
+    assert sum(computed) == 97 + 3 + 4 * 7
+    assert engine.stats().preemptions == 0
+
+
+def test_a_prompt_that_waits_is_not_looked_up_at_every_step(llm, monkeypatch):
+    engine = make_engine(llm, "PAGED", 128)
+    first = engine.intake.request([5] * 40, SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    second = engine.intake.request([6] * 60, SamplingParams(max_tokens=4, temperature=0))
+    asked, original = [], engine.cache._beginning
+    monkeypatch.setattr(engine.cache, "_beginning", lambda tokens: asked.append(len(tokens)) or original(tokens))
+    run(engine, [first, second])
+    assert asked.count(60) < 8
+    assert second.finished
+
+
 @pytest.mark.parametrize("cache", ["PAGED", "SLAB_POOL"])
 def test_prefixes_are_found_again(llm, cache):
     engine = make_engine(llm, cache, 1 << 12, prefix_caching=True)

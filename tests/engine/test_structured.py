@@ -1,5 +1,6 @@
 """Text that follows a grammar: every token drawn is one that the grammar allows, and what comes out parses."""
 
+import dataclasses
 import json
 import re
 
@@ -68,6 +69,8 @@ def test_json_schema(llm, schema):
 
 
 def test_json_object(llm):
+    params = StructuredOutputsParams(json_object=True)
+    assert dataclasses.replace(params) == params
     ended = [output for output in texts(llm, json_object=True) if output.finish_reason == "stop"]
     assert ended
     assert all(isinstance(json.loads(output.text), dict) for output in ended)
