@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pace import LLM, SamplingParams
+from pace.cache import CACHES
 
 REQUESTS, SINGLE, CACHE_BYTES = 32, 8, 1 << 30
 STREAMS, LONG_PROMPT, IDLE_STEPS = 4, 4096, 60
@@ -156,6 +157,32 @@ def latency(model: str, dtype: str) -> None:
             f"{np.percentile(busy, 95) / middle:.2f} ×), for {sum(busy):.1f} s in {len(busy)} steps"
         )
         del llm, engine, texts, long
+
+
+def metadata(model: str, dtype: str) -> None:
+    """Microseconds to make the batch of 64 sequences that decode: ids, positions, tables and slots."""
+    for cache in CACHES:
+        llm = LLM(model, dtype=dtype, kv_cache_bytes=CACHE_BYTES, cache=cache)
+        scheduler, intake = llm.engine.scheduler, llm.engine.intake
+        endless = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        for n in range(64):
+            llm.engine.add(intake.request(list(range(100, 108 + n)), endless))
+        while scheduler.waiting or any(sequence.pending > 1 for sequence in scheduler.running):
+            llm.engine.step()
+        after_a_step, in_a_row = [], []
+        for times, between in ((after_a_step, llm.engine.step), (in_a_row, lambda: None)):
+            for _ in range(20):
+                between()
+                began = time.perf_counter()
+                batch = scheduler.next_batch()
+                times.append(time.perf_counter() - began)
+                assert batch.num_decoding == len(batch.tokens) == 64
+                scheduler.take_back()
+        print(
+            f"{cache}: the batch of 64 sequences that decode takes {np.median(in_a_row) * 1e6:.0f} µs, right after "
+            f"a step, which leaves nothing of it in the CPU's caches, {np.median(after_a_step) * 1e6:.0f} µs"
+        )
+        del llm, scheduler, intake
 
 
 def steps(engine, count: int) -> list[float]:

@@ -27,7 +27,7 @@ from pace.reference.arrays import bfloat16, float32
 from . import batches
 from .limits import Limits
 
-PARTS = ("single", "throughput", "latency")
+PARTS = ("single", "throughput", "latency", "metadata")
 PROMPT, DECODE, ROUNDS, CACHE_BYTES = 512, 128, 3, 1 << 28
 SHAPE = {
     "model_type": "llama",
@@ -177,6 +177,8 @@ def main() -> None:
         batches.throughput(model, arguments.dtype, arguments.threads)
     if "latency" in parts:
         batches.latency(model, arguments.dtype)
+    if "metadata" in parts:
+        batches.metadata(model, arguments.dtype)
     if "single" in parts:
         single(model, arguments.dtype)
 

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine.async_engine import AsyncEngine
+    from .engine.async_engine import AsyncEngine, EngineDead
+    from .engine.engine import QueueFull
     from .engine.request import CompletionOutput, Logprob, RequestOutput
     from .engine.sampling_params import SamplingParams
     from .engine.structured import StructuredOutputsParams
@@ -25,9 +26,11 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
+    "EngineDead",
     "Logprob",
     "ModelError",
     "OperatorConfig",
+    "QueueFull",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -39,6 +42,8 @@ __all__ = [
 _HOMES = {
     "LLM": "llm",
     "AsyncEngine": "engine.async_engine",
+    "EngineDead": "engine.async_engine",
+    "QueueFull": "engine.engine",
     "CompletionOutput": "engine.request",
     "Logprob": "engine.request",
     "ModelError": "errors",
