@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from pace import LLM
+from pace import LLM, SamplingParams
 from pace.cache import CacheShape
 from pace.models import Model
 from tests.models.tiny import llama
@@ -88,3 +88,11 @@ def scripted(llm: LLM, script):
     """Have an LLM's model replaced by a script for prompts of one token."""
     llm.model = llm.engine.model = Scripted(script, llm.model.dtype)
     return llm
+
+
+def greedy(**changes):
+    return SamplingParams(**({"temperature": 0, "max_tokens": 40} | changes))
+
+
+def one(llm, params, prompt=(FIRST_BYTE,)):
+    return llm.generate([list(prompt)], params)[0].outputs[0]

@@ -22,35 +22,10 @@ from pace.engine.stopping import TextStream, overlap
 from pace.ops import OperatorConfig, registry
 from tests.kernels.arrays import BF16, F32
 
-from .fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, scripted, word, write_model
+from .fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, greedy, one, scripted, word, write_model
 
 ROOT = Path(__file__).parents[2]
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    write_model(path)
-    return path
-
-
-@pytest.fixture
-def llm(directory):
-    return LLM(directory, kv_cache_bytes=4 << 20)
-
-
-@pytest.fixture(scope="module")
-def peer(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("peer"))
-
-
-def greedy(**changes):
-    return SamplingParams(**({"temperature": 0, "max_tokens": 40} | changes))
-
-
-def one(llm, params, prompt=(FIRST_BYTE,)):
-    return llm.generate([list(prompt)], params)[0].outputs[0]
 
 
 # --- streams and text ---

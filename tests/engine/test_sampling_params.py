@@ -15,34 +15,9 @@ from transformers import (
 
 from pace import LLM, ModelError, SamplingParams
 
-from .fakes import EOS, FIRST_BYTE, VOCABULARY, byte_tokens, scripted, word, write_model
+from .fakes import EOS, FIRST_BYTE, VOCABULARY, byte_tokens, greedy, one, scripted, word, write_model
 
 LOGPROB = 2e-4  # float32 logits of two implementations, within 3e-6 of values up to 30
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    write_model(path)
-    return path
-
-
-@pytest.fixture
-def llm(directory):
-    return LLM(directory, kv_cache_bytes=4 << 20)
-
-
-@pytest.fixture(scope="module")
-def peer(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("peer"))
-
-
-def greedy(**changes):
-    return SamplingParams(**({"temperature": 0, "max_tokens": 40} | changes))
-
-
-def one(llm, params, prompt=(FIRST_BYTE,)):
-    return llm.generate([list(prompt)], params)[0].outputs[0]
 
 
 # --- against transformers ---

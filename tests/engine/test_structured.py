@@ -11,7 +11,7 @@ import pytest
 from pace import LLM, SamplingParams, StructuredOutputsParams
 from pace.engine.structured import Grammars
 
-from .fakes import EOS, FIRST_BYTE, VOCABULARY, byte_tokens, scripted, write_model
+from .fakes import EOS, FIRST_BYTE, VOCABULARY, byte_tokens, scripted
 
 SCHEMA = {
     "type": "object",
@@ -23,18 +23,6 @@ SCHEMA = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    write_model(path)
-    return path
-
-
-@pytest.fixture
-def llm(directory):
-    return LLM(directory, kv_cache_bytes=4 << 20)
 
 
 def allowed(matcher):
