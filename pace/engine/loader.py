@@ -1,12 +1,13 @@
 """From a model's name to an engine: the checkpoint, the tokenizer, the weights and the cache."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pace import host
 from pace.cache import CACHES, check_block_tokens
-from pace.models import load_model, open_checkpoint
+from pace.models import Model, load_model, open_checkpoint
 from pace.models.hub import resolve
 from pace.numa import settle
 from pace.ops import OperatorConfig
@@ -16,6 +17,45 @@ from .engine import Engine
 from .tokenizer import Tokenizer
 
 MEMORY_SHARE = 4  # the cache takes one part in four of the memory that is free once the weights are loaded
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer: what the engines of several processes can share."""
+
+    model: Model
+    tokenizer: Tokenizer
+    operators: OperatorConfig
+    generation_config: Mapping[str, Any]
+
+    def engine(
+        self,
+        kv_cache_bytes: int | None = None,
+        cache: str = "SLAB_POOL",
+        block_tokens: int | None = None,
+        prefix_caching: bool | None = None,
+        **limits: Any,
+    ) -> Engine:
+        """An engine with a cache of its own; the arguments are those of `load_engine`."""
+        config = EngineConfig(**limits)
+        capacity = kv_cache_bytes if kv_cache_bytes is not None else default_cache_bytes()
+        kv_cache = CACHES[cache](self.model.cache_shape, capacity, self.operators, block_tokens, prefix_caching)
+        return Engine(self.model, kv_cache, self.tokenizer, config, self.operators, self.generation_config)
+
+
+def load_shared(
+    model: str | Path,
+    dtype: str = "auto",
+    operators: str | Mapping[str, str] | OperatorConfig | None = None,
+    progress: bool = False,
+) -> LoadedModel:
+    """The part of `load_engine` that comes before there is a cache; nothing is bound."""
+    config, path = OperatorConfig.parse(operators), resolve(str(model))
+    with open_checkpoint(path) as checkpoint:
+        tokenizer = Tokenizer.load(path)  # before the weights: what is wrong with it is said at once
+        loaded = load_model(checkpoint, dtype, config, progress)
+        eos = checkpoint.generation_config.get("eos_token_id") or checkpoint.config.get("eos_token_id")
+        return LoadedModel(loaded, tokenizer, config, checkpoint.generation_config | {"eos_token_id": eos})
 
 
 def load_engine(
@@ -42,22 +82,21 @@ def load_engine(
 
     ModelError (a ValueError) for a model that is not there or not whole; ValueError for arguments that can't be.
     """
+    check_cache(cache, block_tokens)
+    EngineConfig(**limits), OperatorConfig.parse(operators)  # before a model is read for nothing
+    if numa:
+        resolve(str(model))
+        settle()  # before there is anything in memory
+    shared = load_shared(model, dtype, operators, progress)
+    return shared.engine(kv_cache_bytes, cache, block_tokens, prefix_caching, **limits)
+
+
+def check_cache(cache: str, block_tokens: int | None) -> None:
+    """ValueError for a cache that is not there, or blocks that can't be."""
     if cache not in CACHES:
         raise ValueError(f"cache is {cache!r}; it must be {', '.join(CACHES)}")
     if block_tokens is not None:
         check_block_tokens(block_tokens)
-    engine_config, config = EngineConfig(**limits), OperatorConfig.parse(operators)
-    path = resolve(str(model))
-    if numa:
-        settle()  # before there is anything in memory
-    with open_checkpoint(path) as checkpoint:
-        tokenizer = Tokenizer.load(path)  # before the weights: what is wrong with it is said at once
-        loaded = load_model(checkpoint, dtype, config, progress)
-        eos = checkpoint.generation_config.get("eos_token_id") or checkpoint.config.get("eos_token_id")
-        generation_config = checkpoint.generation_config | {"eos_token_id": eos}
-    capacity = kv_cache_bytes if kv_cache_bytes is not None else default_cache_bytes()
-    kv_cache = CACHES[cache](loaded.cache_shape, capacity, config, block_tokens, prefix_caching)
-    return Engine(loaded, kv_cache, tokenizer, engine_config, config, generation_config)
 
 
 def default_cache_bytes() -> int:

@@ -1,0 +1,1 @@
+"""`pace serve`: one process that speaks HTTP, and engines in processes of their own."""

@@ -1,0 +1,90 @@
+"""What the front process and an engine say to each other: msgpack over a local socket, a list of messages at a time.
+
+Front → engine: Generate, Embed, Cancel. Engine → front: Ready, Refused, Progress, Embedded, Load.
+"""
+
+from typing import Any
+
+import msgspec
+
+from pace.engine.engine import EngineStats
+from pace.engine.request import Logprob
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True):
+    """`params` are SamplingParams' fields, those that are not its defaults."""
+
+    id: str
+    prompt: list[int]
+    params: dict[str, Any]
+    priority: int = 0
+
+
+class Embed(msgspec.Struct, tag=True, frozen=True):
+    id: str
+    prompt: list[int]
+    params: dict[str, Any]
+    priority: int = 0
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    id: str
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Said once, when requests are taken."""
+
+    max_tokens: int  # of a request: what the context and the cache hold
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """A request that was not taken; `queue_full` where the same request may be taken later."""
+
+    id: str
+    reason: str
+    queue_full: bool = False
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """What came to one text since the piece before."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """New pieces of a request; the counts are those of the whole request so far."""
+
+    id: str
+    pieces: list[Piece]
+    completion_tokens: int
+    cached_tokens: int
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the last
+
+
+class Embedded(msgspec.Struct, tag=True, frozen=True):
+    """float32, as bytes; None with what went wrong."""
+
+    id: str
+    embedding: bytes | None
+    reason: str | None
+    cached_tokens: int
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """How an engine is doing, from time to time."""
+
+    stats: EngineStats
+
+
+Wish = Generate | Embed | Cancel
+News = Ready | Refused | Progress | Embedded | Load
+
+encode = msgspec.msgpack.Encoder().encode
+decode_wishes = msgspec.msgpack.Decoder(list[Wish]).decode
+decode_news = msgspec.msgpack.Decoder(list[News]).decode

@@ -1,0 +1,166 @@
+"""An engine in a process of its own: wishes come in over one socket, news goes out over another.
+
+The main thread alone touches the engine. A second one reads wishes and makes requests of them, which may take a while
+(a grammar to compile), so that no step waits for that.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import zmq
+
+from pace.engine.engine import Engine, QueueFull
+from pace.engine.pooling import PoolingParams
+from pace.engine.request import Request
+from pace.engine.sampling_params import SamplingParams
+from pace.engine.structured import StructuredOutputsParams
+
+from .protocol import (
+    Cancel,
+    Embed,
+    Embedded,
+    Load,
+    News,
+    Piece,
+    Progress,
+    Ready,
+    Refused,
+    Wish,
+    decode_wishes,
+    encode,
+)
+
+LOAD_SECONDS = 0.25  # between two reports of how the engine is doing
+
+
+def work(engine: Engine, wishes: str, news: str) -> None:
+    """Serve the front process at these two addresses; never returns."""
+    context = zmq.Context()
+    with _connected(context, zmq.PULL, wishes) as inlet, _connected(context, zmq.PUSH, news) as outlet:
+        _Worker(engine, inlet, outlet).run()
+
+
+def _connected(context: "zmq.Context[Any]", kind: int, address: str) -> "zmq.Socket[bytes]":
+    socket = context.socket(kind)
+    socket.set_hwm(0)  # nothing is dropped, and no step waits for a reader
+    socket.linger = 0
+    socket.connect(address)
+    return socket
+
+
+class _Worker:
+    def __init__(self, engine: Engine, inlet: "zmq.Socket[bytes]", outlet: "zmq.Socket[bytes]") -> None:
+        self.engine, self._inlet, self._outlet = engine, inlet, outlet
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._requests: dict[str, Request] = {}
+        self._news: list[News] = [Ready(engine.cache.stats().capacity_tokens)]
+        self._reported = 0.0
+
+    def run(self) -> None:
+        threading.Thread(target=self._read, name="pace-wishes", daemon=True).start()
+        while True:
+            self._report()
+            self._send()
+            self._take_in()
+            for request in self.engine.step():
+                self._tell(request)
+
+    # --- on the thread that reads ---
+
+    def _read(self) -> None:
+        while True:
+            for wish in decode_wishes(self._inlet.recv()):
+                self._inbox.put(self._prepared(wish))
+
+    def _prepared(self, wish: Wish) -> Callable[[], None]:
+        """What there is to do about a wish between two steps."""
+        if isinstance(wish, Cancel):
+            return lambda: self._cancel(wish.id)
+        try:
+            request = self._request(wish)
+        except ValueError as error:
+            refused = Refused(wish.id, str(error))
+            return lambda: self._news.append(refused)
+        return lambda: self._add(request)
+
+    def _request(self, wish: Wish) -> Request:
+        intake = self.engine.intake
+        if isinstance(wish, Embed):
+            return intake.embedding(wish.prompt, PoolingParams(**wish.params), wish.priority, wish.id)
+        assert not isinstance(wish, Cancel)
+        return intake.request(wish.prompt, sampling_params(wish.params), wish.priority, wish.id)
+
+    # --- on the engine's thread ---
+
+    def _take_in(self) -> None:
+        if not self.engine.busy:
+            self._report(idle=True)
+            self._send()
+            self._inbox.get()()
+        try:
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            pass
+
+    def _add(self, request: Request) -> None:
+        try:
+            self.engine.add(request)
+        except QueueFull as error:
+            self._news.append(Refused(request.id, str(error), queue_full=True))
+        else:
+            self._requests[request.id] = request
+
+    def _cancel(self, request_id: str) -> None:
+        """Who cancels does not listen any more."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.engine.cancel(request)
+
+    def _tell(self, request: Request) -> None:
+        if request.finished:
+            self._requests.pop(request.id, None)
+        if request.pool is not None:
+            self._news.append(_embedded(request))
+        elif request.finished or not request.params.chooses:
+            self._news.append(_progress(request))
+
+    def _report(self, idle: bool = False) -> None:
+        now = time.monotonic()
+        if idle or now - self._reported > LOAD_SECONDS:
+            self._reported = now
+            self._news.append(Load(self.engine.stats()))
+
+    def _send(self) -> None:
+        if self._news:
+            self._outlet.send(encode(self._news))
+            self._news.clear()
+
+
+def sampling_params(fields: dict[str, Any]) -> SamplingParams:
+    """SamplingParams from what crossed the wire. ValueError for values that can't be."""
+    structured = fields.get("structured_outputs")
+    if structured is None:
+        return SamplingParams(**fields)
+    return SamplingParams(**(fields | {"structured_outputs": StructuredOutputsParams(**structured)}))
+
+
+def _progress(request: Request) -> Progress:
+    asked = request.finished and request.params.prompt_logprobs is not None
+    return Progress(
+        request.id,
+        [Piece(*piece) for piece in request.news()],
+        request.num_output_tokens,
+        request.cached_tokens or 0,
+        request.finished,
+        list(request.prompt_logprobs) if asked else None,
+    )
+
+
+def _embedded(request: Request) -> Embedded:
+    embedding = None if request.embedding is None else request.embedding.tobytes()
+    reason = None if embedding is not None else str(request.sequences[0].stop_reason)
+    return Embedded(request.id, embedding, reason, request.cached_tokens or 0)
