@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.async_engine import AsyncEngine, EngineDead
     from .engine.engine import QueueFull
-    from .engine.request import CompletionOutput, Logprob, RequestOutput
+    from .engine.pooling import PoolingParams
+    from .engine.request import CompletionOutput, EmbeddingOutput, Logprob, RequestOutput
     from .engine.sampling_params import SamplingParams
     from .engine.structured import StructuredOutputsParams
     from .errors import ModelError
@@ -26,10 +27,12 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
+    "EmbeddingOutput",
     "EngineDead",
     "Logprob",
     "ModelError",
     "OperatorConfig",
+    "PoolingParams",
     "QueueFull",
     "RequestOutput",
     "SamplingParams",
@@ -45,9 +48,11 @@ _HOMES = {
     "EngineDead": "engine.async_engine",
     "QueueFull": "engine.engine",
     "CompletionOutput": "engine.request",
+    "EmbeddingOutput": "engine.request",
     "Logprob": "engine.request",
     "ModelError": "errors",
     "OperatorConfig": "ops",
+    "PoolingParams": "engine.pooling",
     "RequestOutput": "engine.request",
     "SamplingParams": "engine.sampling_params",
     "StructuredOutputsParams": "engine.structured",

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from pace.engine.engine import EngineStats
 from pace.engine.intake import Prompt
 from pace.engine.loader import load_engine
-from pace.engine.request import Request, RequestOutput
+from pace.engine.pooling import PoolingParams
+from pace.engine.request import EmbeddingOutput, Request, RequestOutput
 from pace.engine.sampling_params import SamplingParams
 from pace.ops import OperatorConfig
 
@@ -70,12 +71,33 @@ class LLM:
         priorities = _for_each(priority, listed, "priority")
         intake = self.engine.intake
         requests = [intake.request(*each) for each in zip(listed, params, priorities, strict=True)]
+        self._complete(requests, use_tqdm)
+        return [request.output() for request in requests]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
+    ) -> list[EmbeddingOutput]:
+        """The embedding of each prompt, in the order of the prompts; all as in `generate`, but a prompt may take the
+        whole context.
+        """
+        listed = _as_prompts(prompts)
+        params = _for_each(pooling_params or PoolingParams(), listed, "pooling_params")
+        priorities = _for_each(priority, listed, "priority")
+        intake = self.engine.intake
+        requests = [intake.embedding(*each) for each in zip(listed, params, priorities, strict=True)]
+        self._complete(requests, use_tqdm)
+        return [request.embedding_output() for request in requests]
+
+    def _complete(self, requests: Sequence[Request], use_tqdm: bool | None) -> None:
         try:
             self._run(requests, len(requests) > 1 if use_tqdm is None else use_tqdm, on_terminal=use_tqdm is None)
         finally:  # of an interrupted call nothing is left behind
             for request in requests:
                 self.engine.cancel(request)
-        return [request.output() for request in requests]
 
     def _run(self, requests: Sequence[Request], bar: bool, on_terminal: bool) -> None:
         for request in requests:

@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -19,7 +19,8 @@ from typing import Any, Self, TypeVar
 from .engine import Engine, EngineStats
 from .intake import Prompt
 from .loader import load_engine
-from .request import Request, RequestOutput
+from .pooling import PoolingParams
+from .request import EmbeddingOutput, Request, RequestOutput
 from .sampling_params import SamplingParams
 
 logger = logging.getLogger("pace")
@@ -62,14 +63,34 @@ class AsyncEngine:
         ValueError as LLM.generate's, and for an id that is in use. QueueFull where too many wait. EngineDead.
         """
         request = await asyncio.to_thread(self.engine.intake.request, prompt, sampling_params, priority, request_id)
-        stream = _Stream(asyncio.get_running_loop())
-        try:  # from here on: who is cancelled while it begins has begun
-            await self._on_engine(lambda: self._begin(request, stream))
+        async with self._running(request) as stream:
             while True:
                 output = await stream.next()
                 yield output
                 if output.finished:
                     return
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> EmbeddingOutput:
+        """The embedding of a prompt. Cancelling the task cancels the request. Raises as `generate` does."""
+        request = await asyncio.to_thread(self.engine.intake.embedding, prompt, pooling_params, priority, request_id)
+        async with self._running(request) as stream:
+            await stream.next()  # told of once, when it has ended
+        return request.embedding_output()
+
+    @asynccontextmanager
+    async def _running(self, request: Request) -> "AsyncIterator[_Stream]":
+        """What comes of a request, which is cancelled where it has not ended by then."""
+        stream = _Stream(asyncio.get_running_loop())
+        try:  # from here on: who is cancelled while it begins has begun
+            await self._on_engine(lambda: self._begin(request, stream))
+            yield stream
         finally:
             self._post(lambda: self._end(request))
 

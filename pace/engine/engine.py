@@ -153,14 +153,16 @@ class Engine:
     # --- a step ---
 
     def _advance(self, batch: Batch, told: list[Sequence]) -> None:
-        """told: who draws a token; whose prompt turns out to be at fault is added."""
-        hidden, ready = self.model.forward(batch.tokens, batch.placement, self.cache), told[:]
+        """told: who draws a token, or is embedded; whose prompt turns out to be at fault is added."""
+        hidden, drawing = self.model.forward(batch.tokens, batch.placement, self.cache), batch.drawing
         told += self._read_prompts(batch, hidden)
+        self._steps += 1
+        if drawing:
+            logits = self.model.logits(hidden[batch.last_rows(drawing)])
+            self._sampler.sample(logits, [batch.sequences[i] for i in drawing])
+        self._pool(batch, hidden)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.computed += count
-        self._steps += 1
-        if ready:
-            self._sampler.sample(self.model.logits(hidden[batch.last_rows]), ready)
 
     def _read_prompts(self, batch: Batch, hidden: Array) -> list[Sequence]:
         """Log-probabilities of the prompts that went through the model, where they are asked for. Returns those that
@@ -185,6 +187,22 @@ class Engine:
                     ended.append(sequence)
                     break
         return ended
+
+    def _pool(self, batch: Batch, hidden: Array) -> None:
+        """Add up the prompts that are to be embedded; those that are through have ended."""
+        for i, sequence in enumerate(batch.sequences):
+            request = sequence.request
+            if request.pool is None:
+                continue
+            start, end = batch.placement.starts[i : i + 2]
+            request.pool.add(hidden[start:end], sequence.computed)
+            if batch.counts[i] < sequence.pending:
+                continue
+            try:
+                request.embedding = request.pool.embedding()
+                sequence.finish("stop")
+            except ValueError as error:
+                sequence.finish("error", str(error))
 
     def _fail(self, batch: Batch, reason: str) -> None:
         self.scheduler.take_back()  # what was not written must not be found by others

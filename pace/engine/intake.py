@@ -12,6 +12,7 @@ from pace.cache import KVCache
 from pace.errors import ModelError
 from pace.models import Model
 
+from .pooling import Pool, PoolingParams
 from .request import Request
 from .sampling_params import SamplingParams, as_token_ids, model_defaults
 from .sequence import Sequence
@@ -53,12 +54,8 @@ class Intake:
         ValueError for a prompt that is empty, has tokens which the model lacks, or does not fit the context or the
         cache with what is asked for; and for parameters that this model can't follow.
         """
-        if not isinstance(priority, Integral):
-            raise ValueError(f"priority is {priority!r}; it must be an integer")
         params = (params or SamplingParams()).with_defaults(self.defaults)
-        tokens = self.token_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "the prompt")
-        if not tokens:
-            raise ValueError("the prompt is empty: give at least one token")
+        tokens = self._encoded(prompt)
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.vocabulary:
                 raise ValueError(f"{name} is {getattr(params, name)}; the vocabulary has {self.vocabulary} tokens")
@@ -70,14 +67,49 @@ class Intake:
             stream = TextStream(detokenizer, params.stop, params.include_stop_str_in_output)
             return Sequence(number, tokens, params, max_tokens, ends, stream, bias, bad_words, self._matcher(params))
 
+        sequences = [sequence(number) for number in range(params.num_texts)]
+        return self._request(prompt, sequences, priority, request_id)
+
+    def embedding(
+        self, prompt: Prompt, params: PoolingParams | None = None, priority: int = 0, request_id: str | None = None
+    ) -> Request:
+        """A request for the embedding of a prompt, which Engine.add takes.
+
+        ValueError as for `request`, but the prompt may take all of the context.
+        """
+        if not isinstance(params, PoolingParams | None):
+            raise ValueError(f"pooling_params is {params!r}; it must be PoolingParams, or None")
+        tokens, unused = self._encoded(prompt), SamplingParams().with_defaults({})
+        stream = TextStream(Detokenizer(self._tokenizer), (), include_stop=False)
+        sequence = Sequence(0, tokens, unused, self._room(len(tokens), 0), frozenset(), stream, {})
+        return self._request(prompt, [sequence], priority, request_id, Pool(params or PoolingParams()))
+
+    def _request(
+        self,
+        prompt: Prompt,
+        sequences: list[Sequence],
+        priority: int,
+        request_id: str | None,
+        pool: Pool | None = None,
+    ) -> Request:
+        if not isinstance(priority, Integral):
+            raise ValueError(f"priority is {priority!r}; it must be an integer")
         return Request(
             id=str(next(self._ids)) if request_id is None else request_id,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=tokens,
-            params=params,
-            sequences=[sequence(number) for number in range(params.num_texts)],
+            prompt_token_ids=sequences[0].ids[:],
+            params=sequences[0].params,
+            sequences=sequences,
             priority=int(priority),
+            pool=pool,
         )
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens, of which there are some."""
+        tokens = self.token_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "the prompt")
+        if not tokens:
+            raise ValueError("the prompt is empty: give at least one token")
+        return tokens
 
     def token_ids(self, tokens: abc.Iterable[int], where: str) -> list[int]:
         """Of a list, also of NumPy's integers, or of a NumPy array or a torch tensor. ValueError for ids that the
@@ -117,11 +149,11 @@ class Intake:
         return None if params.structured_outputs is None else self._grammars.matcher(params.structured_outputs)
 
     def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """How many tokens of output there can be: as asked for, but within the model's context."""
+        """How many tokens of output there can be: as asked for, but within the model's context. 0 for embeddings."""
         positions, capacity = self.max_positions, self._capacity
-        if prompt_tokens >= positions:
+        if prompt_tokens + (max_tokens != 0) > positions:
             raise ValueError(f"the prompt has {prompt_tokens} tokens; the model's context is {positions}: shorten it")
-        wanted = min(max_tokens or positions, positions - prompt_tokens)
+        wanted = min(positions if max_tokens is None else max_tokens, positions - prompt_tokens)
         least = prompt_tokens + (wanted if max_tokens is not None else 1)
         if self._tokens_needed(least) > capacity:
             needed = self._tokens_needed(least) * self.bytes_per_token

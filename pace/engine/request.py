@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pace.reference.arrays import Float
+
+from .pooling import Pool
 from .sampling_params import SamplingParams
 from .sequence import Sequence
 
@@ -73,9 +76,27 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None = None
 
 
+@dataclass
+class EmbeddingOutput:
+    """An embedded prompt; `prompt` is None where token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: Float | None  # (hidden,) float32; None where it was cancelled or went wrong
+    finish_reason: str | None  # "stop", "cancelled", "error"
+    stop_reason: int | str | None  # what went wrong
+    metrics: Metrics
+    usage: Usage
+
+
 @dataclass(eq=False)
 class Request:
-    """`priority`: the lower number goes first, and among equals who came first."""
+    """`priority`: the lower number goes first, and among equals who came first.
+
+    With a `pool` it is for the embedding of its prompt: its one sequence has no room for output, and ends when the
+    prompt has been through the model.
+    """
 
     id: str
     prompt: str | None
@@ -87,6 +108,8 @@ class Request:
     cached_tokens: int | None = None  # when it was first let in
     metrics: Metrics = field(default_factory=Metrics)
     arrival: int | None = None  # the engine's count of requests, once it is there
+    pool: Pool | None = None
+    embedding: Float | None = None  # once it has ended well
     _shown: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,6 +128,11 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     @property
+    def whole_prompt(self) -> bool:
+        """Whether all of the prompt goes through the model: the cache does not have what is asked of its tokens."""
+        return self.missing_prompt_logprobs or (self.pool is not None and self.pool.needs_all)
+
+    @property
     def finished(self) -> bool:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
@@ -112,6 +140,24 @@ class Request:
     def num_output_tokens(self) -> int:
         """Of all texts."""
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens or 0)
+
+    def embedding_output(self) -> EmbeddingOutput:
+        """Of a request with a pool."""
+        (sequence,) = self.sequences
+        return EmbeddingOutput(
+            self.id,
+            self.prompt,
+            self.prompt_token_ids,
+            self.embedding,
+            sequence.finish_reason,
+            sequence.stop_reason,
+            self.metrics,
+            self.usage,
+        )
 
     def output(self) -> RequestOutput:
         """What there is now; each `new_text` is what came since this was last called."""
@@ -123,7 +169,7 @@ class Request:
             [self._completion(i, sequence) for i, sequence in enumerate(self._chosen())],
             self.finished,
             self.metrics,
-            Usage(len(self.prompt_token_ids), self.num_output_tokens, self.cached_tokens or 0),
+            self.usage,
             None if params.prompt_logprobs is None else list(self.prompt_logprobs),
         )
 

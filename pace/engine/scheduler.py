@@ -33,12 +33,16 @@ class Batch:
     num_decoding: int  # of the sequences, those at the beginning, which go on with the one token that was drawn last
     tokens: Ints
     placement: Placement
-    ready: list[int]  # the indices of those that have no token left to compute: the next is drawn
+    ready: list[int]  # the indices of those that have no token left to compute
 
     @property
-    def last_rows(self) -> Ints:
-        """The last row of each that is ready."""
-        rows: Ints = self.placement.starts[1:][self.ready] - 1
+    def drawing(self) -> list[int]:
+        """Of those that are ready, those whose next token is drawn: all that write."""
+        return [i for i in self.ready if self.sequences[i].max_tokens]
+
+    def last_rows(self, indices: list[int]) -> Ints:
+        """The last row of each."""
+        rows: Ints = self.placement.starts[1:][indices] - 1
         return rows
 
 
@@ -135,8 +139,7 @@ class Scheduler:
         if self._forks(sequence) and sequence.request.sequences[0] not in gone:
             return self.cache.tokens_needed(goal, forked_at=sequence.num_prompt - 1) <= room
         # Whose prompt has to go through the model whole begins with nothing that others hold.
-        whole = sequence.request.missing_prompt_logprobs
-        if whole or (sequence, room) == self._refused:
+        if sequence.request.whole_prompt or (sequence, room) == self._refused:
             return False
         fits = self.cache.tokens_needed(goal, sequence.ids) <= room
         self._refused = None if fits else (sequence, room)  # a long prompt is not looked up again at every step
@@ -176,8 +179,8 @@ class Scheduler:
                 slot = self.cache.fork(first)
                 self.cache.truncate(slot, sequence.num_prompt - 1)
                 return slot
-        if sequence.request.missing_prompt_logprobs:
-            return self.cache.allocate()  # all of the prompt goes through the model
+        if sequence.request.whole_prompt:
+            return self.cache.allocate()
         return self.cache.allocate(sequence.ids)
 
     def _preempt(self) -> None:
