@@ -1,7 +1,7 @@
 """What a user asked for, and what they get to see of it: a request, which is one sequence for each of its texts."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -110,7 +110,8 @@ class Request:
     arrival: int | None = None  # the engine's count of requests, once it is there
     pool: Pool | None = None
     embedding: Float | None = None  # once it has ended well
-    _shown: dict[int, int] = field(default_factory=dict)
+    _shown: dict[int, int] = field(default_factory=dict)  # characters, by sequence
+    _told: dict[int, tuple[int, bool]] = field(default_factory=dict)  # tokens, and whether of its end
 
     def __post_init__(self) -> None:
         for sequence in self.sequences:
@@ -172,6 +173,27 @@ class Request:
             self.usage,
             None if params.prompt_logprobs is None else list(self.prompt_logprobs),
         )
+
+    def news(self) -> Iterator[tuple[int, str, list[int], list[Logprobs] | None, str | None, int | str | None]]:
+        """What came to each text since this was last called, where anything did: its index, text, tokens, their
+        log-probabilities, and how it ended.
+        """
+        for index, sequence in enumerate(self._chosen()):
+            seen, told = self._told.get(sequence.index, (0, False))
+            ended = sequence.finish_reason is not None
+            if told or (seen == len(sequence.token_ids) and not ended):
+                continue
+            self._told[sequence.index] = len(sequence.token_ids), ended
+            shown, self._shown[sequence.index] = self._shown.get(sequence.index, 0), len(sequence.stream.text)
+            logprobs = None if self.params.logprobs is None else sequence.logprobs[seen:]
+            yield (
+                index,
+                sequence.stream.text[shown:],
+                sequence.token_ids[seen:],
+                logprobs,
+                sequence.finish_reason,
+                sequence.stop_reason,
+            )
 
     def _chosen(self) -> Iterable[Sequence]:
         """The texts that are shown: of best_of, those with the highest log-probability a token; last those that went

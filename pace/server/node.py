@@ -1,0 +1,180 @@
+"""A process that loads a model once and forks an engine from it for each place: they all read the same weights.
+
+Front → node: a line of JSON for each engine to start, on stdin. Node → front: Loaded, then Ended for each engine
+whose process is gone, on stdout. An engine that dies is forked anew, with nothing to load. Where stdin ends, the front
+process has gone, and so go the engines.
+"""
+
+import logging
+import os
+import selectors
+import signal
+import threading
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import msgspec
+
+from pace.engine.loader import LoadedModel, load_shared
+from pace.isa import set_num_threads
+from pace.numa import Place, bind
+
+from .worker import work
+
+logger = logging.getLogger("pace")
+
+
+class NodeSettings(msgspec.Struct, frozen=True):
+    """The first line. `place` is that of all engines of the node, None for where the system puts them."""
+
+    model: str
+    dtype: str
+    operators: dict[str, str] | str | None
+    place: Place | None
+    engine: dict[str, Any]  # the arguments of LoadedModel.engine
+    progress: bool = False
+
+
+class Start(msgspec.Struct, frozen=True):
+    engine: int
+    place: Place | None
+    wishes: str
+    news: str
+
+
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    error: str | None = None
+
+
+class Started(msgspec.Struct, tag=True, frozen=True):
+    engine: int
+    pid: int
+
+
+class Ended(msgspec.Struct, tag=True, frozen=True):
+    """status: as os.waitstatus_to_exitcode gives it, below zero for a signal."""
+
+    pid: int
+    status: int
+
+
+Report = Loaded | Started | Ended
+
+
+def main() -> None:
+    """Signals are the front process's to act on; in a terminal all processes get them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    commands, reports = os.fdopen(0, "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever prints something prints it beside the logs
+    settings = msgspec.json.decode(_line(commands), type=NodeSettings)
+    try:
+        loaded = _load(settings)
+    except (ValueError, OSError, MemoryError) as error:
+        _report(reports, Loaded(str(error) or type(error).__name__))
+        return
+    _report(reports, Loaded())
+    _Node(settings, loaded, commands, reports).run()
+
+
+def _load(settings: NodeSettings) -> LoadedModel:
+    if settings.place is not None:
+        _bind(settings.place)
+    return load_shared(settings.model, settings.dtype, settings.operators, settings.progress)
+
+
+def _bind(place: Place) -> None:
+    try:
+        bind(place)
+    except OSError as error:
+        logger.warning("%s: an engine is not bound to %s", error.strerror, place)
+        set_num_threads(place.num_threads)
+
+
+class _Node:
+    def __init__(self, settings: NodeSettings, loaded: LoadedModel, commands: Any, reports: Any) -> None:
+        self.settings, self.loaded, self._commands, self._reports = settings, loaded, commands, reports
+        self._engines: set[int] = set()
+        self._life, self._held = os.pipe()  # the engines see its end when this process ends
+
+    def run(self) -> None:
+        bell, ring = os.pipe()
+        os.set_blocking(ring, False)
+        signal.set_wakeup_fd(ring)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._commands, selectors.EVENT_READ)
+            selector.register(bell, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fd == bell:
+                        os.read(bell, 512)
+                        self._reap()
+                    elif line := _line(self._commands):
+                        self._start(msgspec.json.decode(line, type=Start))
+                    else:
+                        self._end()
+
+    def _start(self, start: Start) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._become(start)
+        self._engines.add(pid)
+        _report(self._reports, Started(start.engine, pid))
+
+    def _become(self, start: Start) -> NoReturn:
+        """The engine's process, from here to its end."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for kept in (self._commands, self._reports):
+                kept.close()
+            os.close(self._held)
+            _end_with(self._life)
+            if start.place is not None:
+                _bind(start.place)
+            work(self.loaded.engine(**self.settings.engine), start.wishes, start.news)
+            status = 0
+        except BaseException:
+            logger.exception("engine %d ends", start.engine)
+        finally:
+            os._exit(status)
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                self._engines.discard(pid)
+                _report(self._reports, Ended(pid, os.waitstatus_to_exitcode(status)))
+
+    def _end(self) -> NoReturn:
+        for pid in self._engines:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(0)
+
+
+def _end_with(life: int) -> None:
+    """End this process when the other end of a pipe is closed."""
+    def watch() -> None:
+        os.read(life, 1)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="pace-life", daemon=True).start()
+
+
+def _line(stream: Any) -> bytes:
+    line: bytes = stream.readline()
+    return line
+
+
+def _report(stream: Any, report: Report) -> None:
+    with suppress(BrokenPipeError):
+        stream.write(msgspec.json.encode(report) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
