@@ -1,0 +1,1 @@
+"""The HTTP server: chats and completions as OpenAI's API has them."""
