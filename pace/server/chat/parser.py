@@ -100,12 +100,12 @@ class Parser:
     def _header(self) -> bool:
         """What stands before each message of a reply in channels."""
         header, tag, rest = self._text.partition("<|message|>")
-        if not tag:
-            begun = header.lstrip()
-            if begun.startswith(_HEADERS) or (not self._ended and any(each.startswith(begun) for each in _HEADERS)):
-                return False
+        begun = self._text.lstrip()
+        if not begun.startswith(_HEADERS) and (self._ended or not any(each.startswith(begun) for each in _HEADERS)):
             self._read = self._say  # a model that does not keep to its format
             return True
+        if not tag:
+            return False
         self._text = rest
         if self._calls and harmony_function(header):
             self._open(header + tag, self._calls.take, self._calls.closing)
@@ -158,7 +158,7 @@ class Parser:
         return 0 if self._ended else max((overlap(self._text, tag) for tag in tags), default=0)
 
 
-_HEADERS = ("<|channel|>", "<|start|>", "to=")  # how they begin
+_HEADERS = ("<|channel|>", "<|start|>", "<|message|>", "to=")  # how they begin
 
 
 def _outside_strings(tags: Sequence[str], text: str) -> re.Match[str] | None:
