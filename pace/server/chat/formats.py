@@ -17,8 +17,8 @@ class Calls:
     """How tool calls are written: between an opening and a closing tag, or up to the end where there is no closing one.
 
     form: one call, with $name and $arguments. bare: a text that begins with a brace is a call without its tag.
-    special: the tags are special tokens, which must stay in the text. one_a_message: a template takes no more calls in
-    one message. A tool's result, where the template has no place for it, is a message of result_role.
+    one_a_message: a template takes no more calls in one message. A tool's result, where the template has no place for
+    it, is a message of result_role.
     """
 
     name: str
@@ -27,7 +27,6 @@ class Calls:
     take: Take
     form: str
     bare: bool = False
-    special: bool = True
     one_a_message: bool = False
     result_role: str = "user"
     result: str = "<tool_response>\n$content\n</tool_response>"
@@ -110,8 +109,10 @@ class Format:
         return self.calls is HARMONY
 
     def keeps_special_tokens(self, tools: bool) -> bool:
-        """Whether the text must have its special tokens to be understood; `tools`: whether the request offers any."""
-        return self.in_channels or (tools and self.calls.special)
+        """Whether the text must have its special tokens to be understood: many models' tags of calls are such tokens.
+        tools: whether the request offers any.
+        """
+        return self.in_channels or tools
 
     def begun_by(self, prompt: str) -> str:
         """The end of a prompt that belongs to the reply: some templates open the thinking themselves."""

@@ -32,7 +32,7 @@ def prompt_messages(
     if format.tools_go == "variable":
         if format.calls.one_a_message:
             chat = _one_call_a_message(chat)
-        return [_with_objects(message) for message in chat], list(tools) or None
+        return [_with_objects(message) for message in chat], [_described(tool) for tool in tools] or None
     chat = _as_text(chat, format.calls)
     return (_with_tools(chat, tools, format) if tools else chat), None
 
@@ -68,6 +68,12 @@ def _with_objects(message: Message) -> Message:
         for call in message["tool_calls"]
     ]
     return message | {"tool_calls": calls}
+
+
+def _described(tool: Tool) -> Tool:
+    """Some templates write the description unasked."""
+    function = tool["function"]
+    return {**tool, "function": {**function, "description": function.get("description") or ""}}
 
 
 def _arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function, as OpenAI has it
 _ALPHABET = string.ascii_letters + string.digits
@@ -79,11 +79,7 @@ _DEEPSEEK = re.compile(
 )
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_DECODER = json.JSONDecoder()
 
 
 def _object_at(text: str, start: int) -> tuple[dict[str, Any], int] | None:
@@ -105,6 +101,7 @@ def _call(name: Any, arguments: Any) -> ToolCall:
 
 
 def _json_text(value: dict[str, Any]) -> str:
+    """ValueError for NaN and infinity, which JSON has not."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()

@@ -77,6 +77,11 @@ SAMPLES = {
         "</tool_call>\n\nc ",
         Delta("a\nb\nc ", "", (ToolCall("f", "{}"), ToolCall("g", "{}"))),
     ),
+    "hermes, a blank before": (
+        HERMES_PLAIN,
+        '\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\nx',
+        Delta("x", "", (ToolCall("f", "{}"),)),
+    ),
     "hermes, a tag in a string": (
         HERMES_PLAIN,
         '<tool_call>{"name": "f", "arguments": {"x": "\\"</tool_call>{ü🙂"}}</tool_call>',
@@ -168,6 +173,7 @@ SAMPLES = {
         Delta('<|channel|>commentary to=functions.f json<|message|>{"city": "Pa'),
     ),
     "harmony, a header cut off": (GPT_OSS, "<|channel|>ana", Delta()),
+    "harmony, an empty header": (GPT_OSS, "<|message|>Hi", Delta("Hi")),
     "harmony, no header": (GPT_OSS, "top <b>", Delta("top <b>")),
 }
 
@@ -277,6 +283,7 @@ def test_calls_come_when_they_are_complete():
         (QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n", "Hi", Delta("Hi")),
         (QWEN3, "<|im_start|>assistant\n", "Hi", Delta("Hi")),
         (GPT_OSS, "<|start|>user<|message|>hi<|end|><|start|>assistant", "Hi", Delta("Hi")),
+        (GPT_OSS, "<|channel|>analysis<|message|>", "Hi", Delta("Hi")),  # not of the reply
         (GPT_OSS, "…<|start|>assistant<|channel|>analysis<|message|>", "a<|end|>", Delta("", "a")),
     ],
 )

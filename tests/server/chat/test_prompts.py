@@ -126,6 +126,15 @@ def test_bad_arguments_in_the_history(template, arguments):
         prompt_messages([{"role": "assistant", "tool_calls": [call]}], [], detect(template))
 
 
+def test_no_arguments_and_no_description():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    chat, shown = prompt_messages([{"role": "assistant", "tool_calls": [call]}], tools, detect(templates.QWEN25))
+    assert chat[0]["tool_calls"][0]["function"]["arguments"] == {}
+    assert list(prompt_messages([], TOOLS, detect(templates.QWEN25))[1][0]["function"]) == list(TOOLS[0]["function"])
+    assert shown == [{"type": "function", "function": {"name": "f", "description": ""}}]
+
+
 def test_images_are_refused():
     with pytest.raises(ValueError, match="type 'image_url'; only text"):
         prompt_messages([{"role": "user", "content": [{"type": "image_url"}]}], [], detect(""))
