@@ -128,23 +128,17 @@ class Parser:
             self._called = True
             self._content.tag()
         elif close := _outside_strings(self._closing, self._text):
-            self._keep_if_no_call(self._text[: close.start()], close[0])
+            left = self._text[: close.start()]
+            self._content.write(_after_calls(left) if self._called else self._tag + left + close[0])
             self._text = self._text[close.end() :]
             self._read = self._header if self._message_ends else self._beginning
         elif self._ended or not (may_be or self._closing):
-            self._keep_if_no_call(self._text)
-            self._text = ""
+            self._content.write("" if self._called else self._tag)
+            self._text = _after_calls(self._text) if self._called else self._text
             self._read = self._say
         else:
             return False
         return True
-
-    def _keep_if_no_call(self, left: str, tag: str = "") -> None:
-        """What is left where the calls end is content, unless it only separates them."""
-        if not self._called:
-            self._content.write(self._tag + left + tag)
-        elif without_separators(left):
-            self._content.write(left)
 
     def _until(self, tags: Sequence[str], flow: "_Flow") -> str | None:
         """Write what stands before the first of the tags, and take the tag away; without one, what can't become one."""
@@ -156,6 +150,11 @@ class Parser:
 
     def _waiting(self, tags: Sequence[str]) -> int:
         return 0 if self._ended else max((overlap(self._text, tag) for tag in tags), default=0)
+
+
+def _after_calls(text: str) -> str:
+    """What is left of it where it only separates calls: nothing."""
+    return text if without_separators(text) else ""
 
 
 _HEADERS = ("<|channel|>", "<|start|>", "<|message|>", "to=")  # how they begin

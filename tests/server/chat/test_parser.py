@@ -116,6 +116,11 @@ SAMPLES = {
     ),
     "llama, JSON that calls nothing": (LLAMA, ' {"name": "Ann"}, she', Delta(' {"name": "Ann"}, she')),
     "llama, no JSON": (LLAMA, "{x} is a set", Delta("{x} is a set")),
+    "llama, no JSON before a call": (
+        LLAMA,
+        '{x} <|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}',
+        Delta("{x}", "", (PARIS,)),
+    ),
     "llama, its own tools": (
         LLAMA,
         '<|python_tag|>search.call(query="x")',
