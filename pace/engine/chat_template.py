@@ -7,7 +7,7 @@ import json
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -53,6 +53,14 @@ def compile_template(source: str) -> Template:
     """ValueError where it is not Jinja."""
     try:
         return _environment.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template is not valid Jinja: {error}") from None
+
+
+def variables(source: str) -> set[str]:
+    """The names that a template takes from its context. ValueError where it is not Jinja."""
+    try:
+        return meta.find_undeclared_variables(_environment.parse(source))
     except TemplateError as error:
         raise ValueError(f"the model's chat template is not valid Jinja: {error}") from None
 
