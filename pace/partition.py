@@ -63,7 +63,7 @@ def union(places: Sequence[Place]) -> Place:
     nodes = tuple(sorted({node for place in places for node in place.nodes}))
     cpus = tuple(sorted({cpu for place in places for cpu in place.cpus}))
     memory_nodes = {place.memory_node for place in places}
-    memory_node = memory_nodes.pop() if len(nodes) == len(memory_nodes) == 1 else None
+    memory_node = memory_nodes.pop() if len(memory_nodes) == 1 else None
     return Place(nodes, cpus, sum(place.num_threads for place in places), memory_node)
 
 

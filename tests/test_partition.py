@@ -326,6 +326,7 @@ def test_places_are_apart_and_alike(host, engines):
     for place in places:
         (which,) = {domain[cpu] for cpu in place.cpus}
         sizes[which].append(len(place.cpus))
+        assert list(place.cpus) == sorted(place.cpus)
         l3s[which].append({of[cpu].l3 for cpu in place.cpus})
         assert set(place.nodes) == {of[cpu].node for cpu in place.cpus}
         has_memory = len(place.nodes) == 1 and topology.nodes[place.nodes[0]].memory_bytes
