@@ -1,7 +1,8 @@
 """Where an engine runs: the CPUs and memory of this machine, those that the process may use, and a place among them.
 
 A place is one CPU of each physical core of one NUMA node, and that node's memory. `settle` is what an engine's loader
-calls, before it packs weights; the rest are its steps.
+calls, before it packs weights; the rest are its steps. Several engines get their places from `partition`, and each
+takes its own with `occupy`.
 """
 
 import logging
@@ -11,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
 from . import isa
@@ -66,7 +68,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Place:
-    """`nodes` is one node, or those of one socket where each L3 cache is a node."""
+    """`nodes` is one node, those of one socket where each L3 cache is a node, or what a user's list of CPUs spans."""
 
     nodes: tuple[int, ...]
     cpus: tuple[int, ...]
@@ -115,6 +117,17 @@ def bind(place: Place) -> Before:
     return Before(before, policy)
 
 
+def occupy(place: Place) -> bool:
+    """`bind` where the system permits it, of a process that keeps to its place, as one that was just forked does.
+
+    What is refused is logged, once; then, and where there is no binding at all, the number of threads is the place's.
+    """
+    if hasattr(os, "sched_setaffinity") and _permitted(lambda: bind(place), "threads are not bound to their place"):
+        return True
+    _renew_helpers(place.num_threads)
+    return False
+
+
 def restore(before: Before) -> None:
     """Undo a `bind`, of the thread that calls."""
     os.sched_setaffinity(0, before.cpus)
@@ -135,38 +148,42 @@ def choose(
     usable = [cpu for cpu in topology.cpus if cpu.id in allowed.cpus]
     if not usable:
         return None
-    cpus = _best(usable, topology, allowed) if node is None else _of_node(usable, node)
-    cores = _one_of_each_core(cpus)
+    cpus = domains(usable, topology, allowed)[0] if node is None else _of_node(usable, node)
+    cores = one_of_each_core(cpus)
     if num_threads is not None and num_threads > len(cores):
         if node is None:
             return None
         cores = tuple(cpu.id for cpu in cpus)
     nodes = tuple(sorted({cpu.node for cpu in cpus}))
     within_quota = len(cores) if allowed.quota is None else min(len(cores), max(1, math.ceil(allowed.quota)))
-    place = Place(nodes, cores, num_threads or within_quota, _memory_node(nodes, topology, allowed))
+    place = Place(nodes, cores, num_threads or within_quota, memory_node_of(nodes, topology, allowed))
     as_it_is = place.num_threads == (num_threads or len(usable)) and len(cores) == len(usable)
     return None if as_it_is and len(topology.nodes) == 1 else place
 
 
-def _best(cpus: list[Cpu], topology: Topology, allowed: Allowed) -> list[Cpu]:
-    """The CPUs of one node; of one socket where nodes are L3 caches, since a cache's link has a small part of the
-    memory's rate, and its cores are few.
+def domains(cpus: list[Cpu], topology: Topology, allowed: Allowed) -> list[list[Cpu]]:
+    """These CPUs by their node, the best first: that with the most cores, then the most free memory, then the lowest.
+
+    By their socket where nodes are L3 caches, since a cache's link has a small part of the memory's rate, and its
+    cores are few.
     """
-    by_socket, domains = _nodes_are_caches(topology), defaultdict(list)
+    of, by_domain = domain_of(topology), defaultdict(list)
     for cpu in cpus:
-        domains[cpu.socket if by_socket else cpu.node].append(cpu)
+        by_domain[of(cpu)].append(cpu)
 
     def rank(cpus: list[Cpu]) -> tuple[int, int, int]:
         nodes = {cpu.node for cpu in cpus}
         free = sum(node.free_bytes or 0 for node in topology.nodes if node.id in nodes and _has_memory(node, allowed))
-        return len(_one_of_each_core(cpus)), free, -min(nodes)
+        return len(one_of_each_core(cpus)), free, -min(nodes)
 
-    return max(domains.values(), key=rank)
+    return sorted(by_domain.values(), key=rank, reverse=True)
 
 
-def _nodes_are_caches(topology: Topology) -> bool:
+def domain_of(topology: Topology) -> Callable[[Cpu], int]:
+    """What tells the domains of CPUs apart: the number of the node, or of the socket where nodes are L3 caches."""
     nodes = {(cpu.socket, cpu.node) for cpu in topology.cpus}
-    return max(Counter(socket for socket, _ in nodes).values()) > _MOST_NODES_PER_SOCKET
+    nodes_are_caches = max(Counter(socket for socket, _ in nodes).values()) > _MOST_NODES_PER_SOCKET
+    return attrgetter("socket" if nodes_are_caches else "node")
 
 
 def _of_node(cpus: list[Cpu], node: int) -> list[Cpu]:
@@ -176,7 +193,7 @@ def _of_node(cpus: list[Cpu], node: int) -> list[Cpu]:
     return [cpu for cpu in cpus if cpu.node == node]
 
 
-def _one_of_each_core(cpus: list[Cpu]) -> tuple[int, ...]:
+def one_of_each_core(cpus: list[Cpu]) -> tuple[int, ...]:
     """Two threads on one core would share its vector units, and neither memory nor arithmetic gets faster by that."""
     first: dict[int, int] = {}
     for cpu in sorted(cpus, key=lambda cpu: cpu.id):
@@ -184,7 +201,8 @@ def _one_of_each_core(cpus: list[Cpu]) -> tuple[int, ...]:
     return tuple(sorted(first.values()))
 
 
-def _memory_node(nodes: tuple[int, ...], topology: Topology, allowed: Allowed) -> int | None:
+def memory_node_of(nodes: tuple[int, ...], topology: Topology, allowed: Allowed) -> int | None:
+    """Of a place's nodes, the one to take memory from; None where there are several, or none with memory."""
     with_memory = [node.id for node in topology.nodes if node.id in nodes and _has_memory(node, allowed)]
     return with_memory[0] if len(nodes) == len(with_memory) == 1 else None
 

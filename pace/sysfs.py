@@ -1,5 +1,6 @@
 """The small text files of /proc and /sys. What is not there, or is not what it should be, is unknown, not an error."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -41,6 +42,17 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
             raise ValueError(f"{text!r} is no list of CPUs: {span!r} must be a number or a span like 0-31")
         numbers.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(numbers))
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """The inverse of `parse_cpu_list`: "0-3,8"."""
+    spans: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if spans and spans[-1][-1] == cpu - 1:
+            spans[-1][1:] = [cpu]
+        else:
+            spans.append([cpu])
+    return ",".join("-".join(map(str, span)) for span in spans)
 
 
 def kib(fields: dict[str, str], name: str) -> int | None:

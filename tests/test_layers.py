@@ -21,7 +21,7 @@ ORDER = [
     ("cache",),
     ("ops",),
     ("kernels",),
-    ("roofline",),
+    ("roofline", "partition"),
     ("numa",),
     ("isa", "host"),
     ("_kernels", "reference"),

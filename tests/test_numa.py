@@ -466,7 +466,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="binding is Linux's")
 
 def in_a_process(function, **env):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-    code = f"import tests.test_numa as here; here.{function.__name__}()"
+    code = f"import {function.__module__} as here; here.{function.__name__}()"
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
