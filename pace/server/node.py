@@ -5,6 +5,7 @@ whose process is gone, on stdout. An engine that dies is forked anew, with nothi
 process has gone, and so go the engines.
 """
 
+import gc
 import logging
 import os
 import selectors
@@ -16,8 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from pace.engine.loader import LoadedModel, load_shared
-from pace.isa import set_num_threads
-from pace.numa import Place, bind
+from pace.numa import Place, occupy
 
 from .worker import work
 
@@ -73,22 +73,16 @@ def main() -> None:
     except (ValueError, OSError, MemoryError) as error:
         _report(reports, Loaded(str(error) or type(error).__name__))
         return
+    gc.collect()
+    gc.freeze()  # or a collection in an engine would write to every object, and copy its page
     _report(reports, Loaded())
     _Node(settings, loaded, commands, reports).run()
 
 
 def _load(settings: NodeSettings) -> LoadedModel:
     if settings.place is not None:
-        _bind(settings.place)
+        occupy(settings.place)
     return load_shared(settings.model, settings.dtype, settings.operators, settings.progress)
-
-
-def _bind(place: Place) -> None:
-    try:
-        bind(place)
-    except OSError as error:
-        logger.warning("%s: an engine is not bound to %s", error.strerror, place)
-        set_num_threads(place.num_threads)
 
 
 class _Node:
@@ -133,7 +127,7 @@ class _Node:
             os.close(self._held)
             _end_with(self._life)
             if start.place is not None:
-                _bind(start.place)
+                occupy(start.place)
             work(self.loaded.engine(**self.settings.engine), start.wishes, start.news)
             status = 0
         except BaseException:

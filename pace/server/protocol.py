@@ -34,7 +34,7 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """Said once, when requests are taken."""
 
-    max_tokens: int  # of a request: what the context and the cache hold
+    capacity_tokens: int  # of its cache
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):

@@ -1,0 +1,159 @@
+"""All that `pace serve` can be told: one field for each flag, with its help."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from pace.engine.config import EngineConfig
+from pace.engine.loader import check_cache
+
+from .chat.formats import CALLS, THINKING
+
+
+def _flag(default: Any, help: str, panel: str, kind: str = "") -> Any:
+    """kind: "bytes" for sizes such as 4G, "secret" for what --print-config leaves out."""
+    metadata = {"help": help, "panel": panel, "kind": kind}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """ValueError for a value that can't be, with what can."""
+
+    model: str = ""
+    host: str = _flag("127.0.0.1", "The address to listen on; 0.0.0.0 is all of this machine's.", "HTTP")
+    port: int = _flag(8000, "0 takes a free one, and says which.", "HTTP")
+    api_key: tuple[str, ...] = _flag((), "A key that clients must send; can be repeated.", "HTTP", "secret")
+    api_key_file: str | None = _flag(None, "A file with a key in each line.", "HTTP")
+    tls_cert: str | None = _flag(None, "A certificate in PEM, to speak HTTPS.", "HTTP")
+    tls_key: str | None = _flag(None, "Its private key.", "HTTP")
+    cors_origin: tuple[str, ...] = _flag((), "A web origin whose pages may ask; can be repeated.", "HTTP")
+    max_body_bytes: int = _flag(32 << 20, "Of a request; larger ones are refused.", "HTTP", "bytes")
+    request_seconds: float = _flag(600.0, "Within which a request must be answered.", "HTTP")
+    drain_seconds: float = _flag(30.0, "For running requests to end in, after SIGTERM.", "HTTP")
+    served_model_name: str | None = _flag(None, "What clients call the model, instead of MODEL.", "Answers")
+    tool_parser: str | None = _flag(None, f"How the model writes calls: {', '.join(CALLS)}.", "Answers")
+    reasoning_parser: str | None = _flag(None, f"How it writes its thinking: {', '.join(THINKING)}.", "Answers")
+    max_texts: int = _flag(64, "Of one request: its prompts times n or best_of.", "Answers")
+    engines: str = _flag("auto", "How many engine processes; auto: one a NUMA node.", "Machine")
+    cores: str | None = _flag(None, 'The CPUs of each engine, such as "0-31;32-63".', "Machine")
+    threads: int | None = _flag(None, "Of each engine; else one a core.", "Machine")
+    dtype: str = _flag("auto", "bfloat16, float32, or auto: the checkpoint's own.", "Machine")
+    ops: str | None = _flag(None, 'The backend of each operator, {"mlp": "REFERENCE"}, or one for all.', "Machine")
+    cache: str = _flag("SLAB_POOL", "SLAB_POOL, PAGED, BMC or DYNAMIC.", "Cache and queue")
+    kv_cache_bytes: int | None = _flag(
+        None, "Of each engine; else a quarter of what is free for all.", "Cache and queue", "bytes"
+    )
+    block_tokens: int | None = _flag(None, "The cache's blocks or steps: 16, 32, 48, …", "Cache and queue")
+    prefix_caching: bool | None = _flag(
+        None, "Keep what was computed for prompts that begin alike; else where the cache can.", "Cache and queue"
+    )
+    policy: str = _flag("prefill_first", "prefill_first, or decode_first: running texts do not wait.", "Cache and queue")
+    max_batch_tokens: int = _flag(1024, "Of a forward pass.", "Cache and queue")
+    max_sequences: int = _flag(256, "Texts that an engine writes at once.", "Cache and queue")
+    max_waiting: int = _flag(512, "Requests without a first token, beyond which there is a 429.", "Cache and queue")
+    max_waiting_tokens: int = _flag(1 << 20, "Of their prompts.", "Cache and queue")
+    log_json: bool = _flag(False, "Each line of the log a JSON object.", "Log")
+    log_prompts: bool = _flag(False, "Log prompts and answers as well.", "Log")
+    otlp_endpoint: str | None = _flag(None, "Where to send OpenTelemetry spans, over HTTP.", "Log")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            _check_type(each.name, str(each.type), getattr(self, each.name))
+        if not self.model:
+            raise ValueError("no model is named: give MODEL, or `model` in the configuration file")
+        check_cache(self.cache, self.block_tokens)
+        EngineConfig(**self.limits)
+        if self.engines != "auto" and not (self.engines.isdecimal() and int(self.engines) > 0):
+            raise ValueError(f"engines is {self.engines!r}; it must be a number, or auto")
+        for name in ("tool_parser", "reasoning_parser"):
+            known = CALLS if name == "tool_parser" else THINKING
+            if getattr(self, name) is not None and getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {', '.join(known)}")
+        for name in ("port", "max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "drain_seconds"):
+            if getattr(self, name) < (0 if name in ("port", "drain_seconds") else 1):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not self.request_seconds > 0:
+            raise ValueError(f"request_seconds is {self.request_seconds}; it must be above 0")
+        if self.port > 65535:
+            raise ValueError(f"port is {self.port}; the last is 65535")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both, or neither")
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Those of EngineConfig. The queue is limited in the front process."""
+        return {name: getattr(self, name) for name in ("policy", "max_batch_tokens", "max_sequences")}
+
+    @property
+    def name(self) -> str:
+        return self.served_model_name or self.model
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the flags and of the file. ValueError for a file without any."""
+        if self.api_key_file is None:
+            return self.api_key
+        lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        if not (found := tuple(line.strip() for line in lines if line.strip())):
+            raise ValueError(f"{self.api_key_file} holds no key: write one in each line")
+        return self.api_key + found
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From a configuration file and flags; names with - or _. ValueError for a name that is nobody's."""
+        known = {each.name for each in fields(cls)}
+        named = {name.replace("-", "_"): value for name, value in values.items()}
+        if unknown := named.keys() - known:
+            raise ValueError(f"{', '.join(sorted(unknown))} is no option; they are {', '.join(sorted(known))}")
+        if "engines" in named:
+            named["engines"] = str(named["engines"])
+        for name in ("api_key", "cors_origin"):
+            if name in named:
+                named[name] = (named[name],) if isinstance(named[name], str) else tuple(named[name])
+        if isinstance(named.get("ops"), Mapping):
+            import json
+
+            named["ops"] = json.dumps(named["ops"])
+        return cls(**named)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What --print-config shows: all but secrets."""
+        shown = {each.name: getattr(self, each.name) for each in fields(self) if each.metadata.get("kind") != "secret"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The options in a TOML file, or a YAML one. ValueError for what is neither."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        if path.endswith(".toml"):
+            import tomllib
+
+            return tomllib.loads(text)
+        import yaml
+
+        values = yaml.safe_load(text) or {}
+    except Exception as error:  # each library has its own
+        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no options: write lines such as `port: 8000`")
+    return values
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _check_type(name: str, annotation: str, value: Any) -> None:
+    if value is None and "None" in annotation:
+        return
+    if annotation.startswith("tuple"):
+        if not all(isinstance(item, str) and item for item in value):
+            raise ValueError(f"{name} is {value!r}; it must be texts that are not empty")
+        return
+    kind = annotation.partition(" ")[0]
+    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name} is {value!r}; it must be of type {kind}")
