@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -65,6 +65,16 @@ class EngineBusy(RuntimeError):
     """The engine's queue is full."""
 
 
+class TimedOut(RuntimeError):
+    """The request has had its time."""
+
+
+class Meter(Protocol):
+    """Is told of a request's news as they arrive, whoever reads them when."""
+
+    def tick(self, news: Progress | Embedded) -> None: ...
+
+
 @dataclass
 class Engine:
     """One engine process, and those that came after it in its place."""
@@ -104,17 +114,32 @@ class _Node:
 class Call:
     """One request at one engine: its news on the way to who asked, what was not read yet as one."""
 
-    def __init__(self, wish: Generate | Embed, engine: Engine) -> None:
-        self.wish, self.engine = wish, engine
+    def __init__(
+        self, wish: Generate | Embed, engine: Engine, deadline: float | None = None, meter: Meter | None = None
+    ) -> None:
+        self.wish, self.engine, self._meter = wish, engine, meter
         self._unread: list[Progress | Embedded] = []
         self._error: Exception | None = None
         self._bell = asyncio.Event()
         self.over = False
+        loop = asyncio.get_running_loop()
+        self._alarm = None if deadline is None else loop.call_at(deadline, self._time_out)
 
     def put(self, news: Progress | Embedded) -> None:
+        if self._meter is not None:
+            self._meter.tick(news)
         self.over = not isinstance(news, Progress) or news.finished
         self._unread.append(news)
         self._bell.set()
+
+    def close(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    def _time_out(self) -> None:
+        if not self.over:
+            self.fail(TimedOut("the request was not answered in time"))
+            self.over = False  # the engine does not know yet
 
     def fail(self, error: Exception) -> None:
         self._error, self.over = error, True
@@ -173,15 +198,18 @@ class Fleet:
 
     # --- requests ---
 
-    async def generate(self, wish: Generate, whole: bool = False) -> AsyncIterator[Progress]:
+    async def generate(
+        self, wish: Generate, whole: bool = False, seconds: float | None = None, meter: Meter | None = None
+    ) -> AsyncIterator[Progress]:
         """What comes of a request; with `whole`, all of it at once. Leaving the iteration cancels the request.
 
         A request whose engine is lost before anything came of it is given to another, once. RequestRefused, EngineBusy,
-        NoEngine, EngineLost.
+        NoEngine, EngineLost; TimedOut after that many seconds.
         """
+        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
         may_repeat = True
         while True:
-            call = await self._call(wish)
+            call = await self._call(wish, deadline, meter)
             unread: list[Progress | Embedded] = []
             try:
                 while not call.over or unread or not whole:
@@ -200,10 +228,11 @@ class Fleet:
             finally:
                 self._leave(call)
 
-    async def embed(self, wish: Embed) -> Embedded:
+    async def embed(self, wish: Embed, seconds: float | None = None, meter: Meter | None = None) -> Embedded:
         """Raises as generate does."""
+        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
         for last_try in (False, True):
-            call = await self._call(wish)
+            call = await self._call(wish, deadline, meter)
             try:
                 embedded = await call.next()
                 assert isinstance(embedded, Embedded)
@@ -215,7 +244,7 @@ class Fleet:
                 self._leave(call)
         raise AssertionError
 
-    async def _call(self, wish: Generate | Embed) -> Call:
+    async def _call(self, wish: Generate | Embed, deadline: float | None, meter: Meter | None) -> Call:
         if not self._someone_up.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._someone_up.wait(), WAIT_SECONDS)
@@ -226,12 +255,13 @@ class Fleet:
         bearer = choose([engine.bearer for engine in up.values()], len(wish.prompt), chain)
         engine = up[bearer.index]
         wish = msgspec.structs.replace(wish, id=f"{wish.id}.{next(self._names)}")
-        call = engine.calls[wish.id] = Call(wish, engine)
+        call = engine.calls[wish.id] = Call(wish, engine, deadline, meter)
         bearer.take(len(wish.prompt), chain)
         await self._send(engine, wish)
         return call
 
     def _leave(self, call: Call) -> None:
+        call.close()
         engine = call.engine
         if engine.calls.pop(call.wish.id, None) is None:  # it was lost with its engine
             return

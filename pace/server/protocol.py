@@ -3,12 +3,15 @@
 Front → engine: Generate, Embed, Cancel. Engine → front: Ready, Refused, Progress, Embedded, Load.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import msgspec
 
 from pace.engine.engine import EngineStats
 from pace.engine.request import Logprob
+from pace.engine.sampling_params import SamplingParams
+from pace.engine.structured import StructuredOutputsParams
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
@@ -88,3 +91,20 @@ News = Ready | Refused | Progress | Embedded | Load
 encode = msgspec.msgpack.Encoder().encode
 decode_wishes = msgspec.msgpack.Decoder(list[Wish]).decode
 decode_news = msgspec.msgpack.Decoder(list[News]).decode
+
+
+def fields_of(params: SamplingParams | StructuredOutputsParams) -> dict[str, Any]:
+    """Those that are not as they would be anyway."""
+    values = {each.name: getattr(params, each.name) for each in fields(params)}
+    given = {each.name: values[each.name] for each in fields(params) if values[each.name] != each.default}
+    if isinstance(structured := given.get("structured_outputs"), StructuredOutputsParams):
+        given["structured_outputs"] = fields_of(structured)
+    return given
+
+
+def sampling_params(given: dict[str, Any]) -> SamplingParams:
+    """The way back. ValueError for values that can't be."""
+    structured = given.get("structured_outputs")
+    if structured is None:
+        return SamplingParams(**given)
+    return SamplingParams(**(given | {"structured_outputs": StructuredOutputsParams(**structured)}))

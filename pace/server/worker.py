@@ -15,8 +15,6 @@ import zmq
 from pace.engine.engine import Engine, QueueFull
 from pace.engine.pooling import PoolingParams
 from pace.engine.request import Request
-from pace.engine.sampling_params import SamplingParams
-from pace.engine.structured import StructuredOutputsParams
 
 from .protocol import (
     Cancel,
@@ -31,6 +29,7 @@ from .protocol import (
     Wish,
     decode_wishes,
     encode,
+    sampling_params,
 )
 
 LOAD_SECONDS = 0.25  # between two reports of how the engine is doing
@@ -138,14 +137,6 @@ class _Worker:
         if self._news:
             self._outlet.send(encode(self._news))
             self._news.clear()
-
-
-def sampling_params(fields: dict[str, Any]) -> SamplingParams:
-    """SamplingParams from what crossed the wire. ValueError for values that can't be."""
-    structured = fields.get("structured_outputs")
-    if structured is None:
-        return SamplingParams(**fields)
-    return SamplingParams(**(fields | {"structured_outputs": StructuredOutputsParams(**structured)}))
 
 
 def _progress(request: Request) -> Progress:

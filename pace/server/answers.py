@@ -1,0 +1,165 @@
+"""Answers as they leave: whole, or as a stream of events; and never for a client that is gone."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+
+from .errors import APIError
+from .guard import Receive, Scope, Send
+from .protocol import Piece
+from .service import Exchange, as_api_errors
+
+logger = logging.getLogger("pace")
+
+Result = TypeVar("Result")
+as_json = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer."""
+
+
+class JSON(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
+
+
+class EventStream(Response):
+    """Server-sent events, one for each item. The status is that of the first: what goes wrong before it, or before
+    there is any, is an answer with a status of its own; what goes wrong later is an event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, exchange: Exchange, events: AsyncIterator[dict[str, Any]], receive: Receive) -> None:
+        self._exchange, self._events, self._gone = exchange, events, asyncio.ensure_future(_until_gone(receive))
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.raw_headers[[name for name, _ in self.raw_headers].index(b"content-length")]
+
+    @classmethod
+    async def begin(cls, exchange: Exchange, events: AsyncIterator[dict[str, Any]], receive: Receive) -> "EventStream":
+        stream = cls(exchange, events, receive)
+        try:
+            stream._first = await _unless(stream._gone, anext(events))
+        except BaseException:
+            stream._gone.cancel()
+            await events.aclose()  # type: ignore[attr-defined]
+            raise
+        return stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outcome, reason = "cancelled", None
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await _unless(self._gone, self._pump(send))
+            outcome = "ok"
+        except ClientGone:
+            pass
+        except APIError as error:
+            outcome, reason = "error", error.message
+            await _event(send, as_json(error.body), more=False)
+        finally:
+            self._gone.cancel()
+            await self._events.aclose()  # type: ignore[attr-defined]
+            self._exchange.close(outcome, reason)
+
+    async def _pump(self, send: Send) -> None:
+        await _event(send, as_json(self._first))
+        async for event in self._events:
+            await _event(send, as_json(event))
+        await _event(send, b"[DONE]", more=False)
+
+
+async def _event(send: Send, data: bytes, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+
+
+async def answer(
+    exchange: Exchange, receive: Receive, events: AsyncIterator[dict[str, Any]] | None, whole: Callable[[], Coroutine[Any, Any, Any]]
+) -> Response:
+    """An exchange's end: `events` where it streams, else what `whole` gives."""
+    try:
+        if events is not None:
+            return await EventStream.begin(exchange, events, receive)
+        gone = asyncio.ensure_future(_until_gone(receive))
+        try:
+            result = await _unless(gone, whole())
+        finally:
+            gone.cancel()
+    except APIError as error:
+        exchange.close("rejected" if error.status_code < 500 else "error", error.message)
+        raise
+    except ClientGone:
+        exchange.close("cancelled")
+        return Response(status_code=499)
+    except BaseException as error:
+        exchange.close("error", f"{type(error).__name__}: {error}")
+        raise
+    exchange.close("ok")
+    return JSON(result)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless(gone: "asyncio.Future[None]", work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of some work, given up with ClientGone where the client goes first."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+class Counts:
+    """The usage of several prompts, each with its latest figures."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._prompts = sum(map(len, prompts))
+        self._latest: dict[int, tuple[int, int]] = {}
+
+    def see(self, number: int, completion_tokens: int, cached_tokens: int) -> None:
+        self._latest[number] = completion_tokens, cached_tokens
+
+    def usage(self) -> dict[str, Any]:
+        completion, cached = (sum(values) for values in zip((0, 0), *self._latest.values(), strict=True))
+        return usage(self._prompts, completion, cached)
+
+
+def check_end(piece: Piece) -> None:
+    """APIError for a text that went wrong."""
+    if piece.finish_reason in ("error", "cancelled"):
+        raise APIError(500, f"the text could not be finished: {piece.stop_reason or piece.finish_reason}")
+
+
+async def with_errors(events: AsyncIterator[Result]) -> AsyncIterator[Result]:
+    """What engines say, as APIErrors."""
+    with as_api_errors():
+        async with aclosing(events) as items:  # type: ignore[type-var]
+            async for item in items:
+                yield item

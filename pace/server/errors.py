@@ -1,0 +1,41 @@
+"""What goes wrong, as OpenAI's API says it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import HTTPException
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class APIError(HTTPException):
+    """code: a word for programs; param: the field at fault; retry_after: seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        more = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        more |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        super().__init__(status, message, {**(headers or {}), **more})
+        self.message, self.code, self.param = message, code, param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status_code, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

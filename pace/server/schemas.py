@@ -1,0 +1,304 @@
+"""What clients send: OpenAI's requests, and the fields that vLLM's users know.
+
+A field that is not here is refused by name. One that is here has an effect, or takes only the value that has none.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pace.engine.sampling_params import SamplingParams
+from pace.engine.structured import StructuredOutputsParams
+
+INT64 = 2**63 - 1
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Integer = Annotated[int, Field(ge=-INT64 - 1, le=INT64, strict=True)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        if not _is_unicode(value):
+            raise ValueError("a text in it is not Unicode: half of a surrogate pair")
+        return value
+
+
+def _is_unicode(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return all(_is_unicode(item) for pair in value.items() for item in pair)
+    return not isinstance(value, list) or all(map(_is_unicode, value))
+
+
+class StreamOptions(Schema):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class StructuredOutputs(Schema):
+    """vLLM's form; exactly one is given."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def params(self) -> StructuredOutputsParams:
+        given = {name: value for name, value in self.model_dump(by_alias=True).items() if value is not None}
+        return StructuredOutputsParams(**given)
+
+
+class JsonSchema(Schema):
+    name: str = Field("schema", max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Schema):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema")
+        return self
+
+    def params(self) -> StructuredOutputsParams | None:
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
+
+
+class Sampled(Schema):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = 1
+    seed: Integer | None = None
+    stop: str | list[str] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    frequency_penalty: Number | None = 0.0
+    presence_penalty: Number | None = 0.0
+    logit_bias: dict[str, Number] | None = None
+    user: str | None = None
+    """Kept in the log line."""
+    # --- as vLLM has them ---
+    best_of: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
+    top_k: Integer | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT64, strict=True)] | None = 0
+    stop_token_ids: list[TokenId] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: Literal[True] = True
+    prompt_logprobs: Annotated[int, Field(ge=0, le=100, strict=True)] | None = None
+    return_token_ids: bool | None = False
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True)] = 0
+    request_id: Annotated[str, Field(max_length=128, pattern=r"^[!-~]+$")] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Sampled":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of}: what is chosen at the end can't be streamed")
+        return self
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the text must be. ValueError where that is said twice."""
+        named = {
+            "response_format": self.response_format and self.response_format.params(),
+            "structured_outputs": self.structured_outputs and self.structured_outputs.params(),
+        }
+        for name in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{name}")
+            named[f"guided_{name}"] = None if value is None else StructuredOutputsParams(**{name: value})
+        given = {name: params for name, params in named.items() if params is not None}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} can't both be followed: give one")
+        return next(iter(given.values()), None)
+
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """ValueError for what can't be sampled by."""
+        bias = self.logit_bias
+        fields = {
+            "n": self.n or 1,
+            "best_of": self.best_of,
+            "seed": None if self.seed is None else self.seed % 2**64,
+            "stop": self.stop,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "logit_bias": None if bias is None else {_token_of(key): value for key, value in bias.items()},
+            "min_tokens": self.min_tokens or 0,
+            "structured_outputs": self.structured(),
+        }
+        same = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "stop_token_ids")
+        same += ("bad_words", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs")
+        return SamplingParams(**(fields | {name: getattr(self, name) for name in same} | changes))
+
+
+def _token_of(key: str) -> int:
+    if not key.isdecimal() or len(key) > 9:
+        raise ValueError(f"logit_bias has {key[:20]!r}; its keys must be token ids")
+    return int(key)
+
+
+class CompletionRequest(Sampled):
+    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0, le=INT64, strict=True)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20, strict=True)] | None = None
+    echo: bool | None = False
+    suffix: None = None
+    """Not served: the models here do not fill in."""
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _writes_or_echoes(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which is for echo: true")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not streamed: leave out stream")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+class FunctionCall(Schema):
+    name: str
+    arguments: str
+
+
+class ToolCallMessage(Schema):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class ContentPart(Schema):
+    type: Literal["text", "refusal", "image_url"]
+    text: str | None = None
+    refusal: str | None = None
+    image_url: dict[str, Any] | None = None
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCallMessage] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} needs content")
+        return self
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20, strict=True)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    include_reasoning: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    """Kept in the log line."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+            raise ValueError("continue_final_message and add_generation_prompt can't both be true")
+        return self
+
+
+class EmbeddingRequest(Schema):
+    model: str | None = None
+    input: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: None = None
+    """Not served: a prefix of an embedding is one only for models trained so."""
+    user: str | None = None
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True)] = 0
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]  # type: ignore[list-item]
+        return self.input  # type: ignore[return-value]
+
+
+class TokenizeRequest(Schema):
+    """`prompt`, or `content` as llama-server has it, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+    add_generation_prompt: bool = True
+    with_pieces: Literal[False] = False
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "TokenizeRequest":
+        if sum(value is not None for value in (self.prompt, self.content, self.messages)) != 1:
+            raise ValueError("give one of prompt, content and messages")
+        return self
+
+
+class DetokenizeRequest(Schema):
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,187 @@
+"""From prompts to what the engines write: admission, deadline, meter and log line of one HTTP request."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pace.engine.pooling import PoolingParams
+from pace.engine.sampling_params import SamplingParams
+from pace.engine.tokenizer import Tokenizer
+
+from .admission import BYTES_PER_TOKEN, Admission, Ticket
+from .chat.formats import Format
+from .config import ServerConfig
+from .errors import APIError
+from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, TimedOut
+from .metrics import Metrics, RequestMeter
+from .protocol import Embed, Embedded, Generate, Progress, fields_of
+
+logger = logging.getLogger("pace.requests")
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes share."""
+
+    config: ServerConfig
+    tokenizer: Tokenizer
+    format: Format
+    fleet: Fleet
+    admission: Admission
+    metrics: Metrics
+    max_positions: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ready(self) -> bool:
+        return any(engine.up for engine in self.fleet.engines) and not self.admission.closed
+
+    def check_model(self, model: str | None) -> None:
+        """APIError 404 for a model that is not the one served."""
+        if model is not None and model != self.config.name:
+            raise APIError(
+                404,
+                f"the model {model!r} is not served here; {self.config.name!r} is",
+                code="model_not_found",
+                param="model",
+            )
+
+
+@dataclass
+class Exchange:
+    """One HTTP request on its way."""
+
+    service: Service
+    endpoint: str
+    request_id: str
+    meter: RequestMeter
+    ticket: Ticket
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    async def generate(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int, whole: bool
+    ) -> AsyncIterator[tuple[int, Progress]]:
+        """The news of all prompts as they come, each with its prompt's number."""
+        wishes = [
+            Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority)
+            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        ]
+        self.count(prompt_tokens=sum(map(len, prompts)))
+        streams = [self._stream(i, wish, whole) for i, wish in enumerate(wishes)]
+        async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as news:
+            async for each in news:
+                yield each
+
+    async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncIterator[tuple[int, Progress]]:
+        """A seed for the n-th text is the engine's to spread; a prompt's own is what it was given."""
+        seconds = self.service.config.request_seconds
+        async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
+            async for progress in news:
+                if progress.finished:
+                    self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
+                yield number, progress
+
+    async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
+        self.count(prompt_tokens=sum(map(len, prompts)))
+        seconds, fields = self.service.config.request_seconds, {"pooling": params.pooling, "normalize": params.normalize}
+        tasks = [
+            asyncio.ensure_future(
+                self.service.fleet.embed(Embed(f"{self.request_id}.{i}", prompt, fields, priority), seconds, self.meter)
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def count(self, **tokens: int) -> None:
+        for name, number in tokens.items():
+            self.figures[name] = self.figures.get(name, 0) + number
+
+    def close(self, outcome: str, reason: str | None = None) -> None:
+        """At its end, once: what there is to count, and the line of the log."""
+        self.ticket.leave()
+        metrics, figures, seconds = self.service.metrics, self.figures, self.meter.seconds
+        metrics.requests.labels(self.endpoint, outcome).inc()
+        metrics.duration.observe(seconds)
+        metrics.prompt_tokens.inc(figures.get("prompt_tokens", 0))
+        metrics.generation_tokens.inc(figures.get("output_tokens", 0))
+        metrics.cached_tokens.inc(figures.get("cached_tokens", 0))
+        written = figures.get("output_tokens", 0)
+        if self.meter.first is not None and written > 1:
+            metrics.per_output_token.observe((seconds - self.meter.first) / (written - 1))
+        first = None if self.meter.first is None else round(self.meter.first, 4)
+        line = {"request_id": self.request_id, "endpoint": self.endpoint, "outcome": outcome, "reason": reason}
+        logger.info("request", extra={"figures": line | figures | {"first_token": first, "seconds": round(seconds, 4)}})
+
+
+def begin(service: Service, endpoint: str, request_id: str, texts: int, size: int) -> Exchange:
+    """size: of the prompts, in bytes of text. APIError where the queue is full, before anything is done."""
+    if texts > service.config.max_texts:
+        raise APIError(400, f"the request asks for {texts} texts; max_texts is {service.config.max_texts}", param="n")
+    ticket = service.admission.enter(texts, size // BYTES_PER_TOKEN + 1)
+    return Exchange(service, endpoint, request_id, RequestMeter(service.metrics, ticket.begun), ticket)
+
+
+def size_of(prompts: Sequence[Prompt]) -> int:
+    return sum(len(prompt) * (1 if isinstance(prompt, str) else BYTES_PER_TOKEN) for prompt in prompts)
+
+
+@contextmanager
+def as_api_errors() -> Iterator[None]:
+    """What engines and parameters say, as a status."""
+    try:
+        yield
+    except RequestRefused as error:
+        raise APIError(400, str(error)) from None
+    except EngineBusy as error:
+        raise APIError(429, str(error), code="queue_full", retry_after=1) from None
+    except NoEngine as error:
+        raise APIError(503, str(error), code="no_engine", retry_after=5) from None
+    except EngineLost as error:
+        raise APIError(500, str(error), code="engine_lost") from None
+    except TimedOut as error:
+        raise APIError(504, str(error), code="timeout") from None
+    except ValueError as error:
+        raise APIError(400, str(error)) from None
+
+
+async def together(streams: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
+    """Several streams as one. What one raises ends all."""
+    queue: asyncio.Queue[Callable[[], Any] | None] = asyncio.Queue(maxsize=len(streams))
+
+    async def forward(stream: AsyncIterator[Any]) -> None:
+        try:
+            async with aclosing(stream) as items:  # type: ignore[type-var]
+                async for item in items:
+                    await queue.put(lambda item=item: item)
+        except Exception as error:
+            await queue.put(lambda error=error: _raise(error))
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.ensure_future(forward(stream)) for stream in streams]
+    left = len(tasks)
+    try:
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+            else:
+                yield item()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _raise(error: Exception) -> None:
+    raise error
