@@ -46,7 +46,12 @@ def compare(runs: Sequence[Run]) -> RenderableType:
         found = [(run.name, point) for run in runs for point in run.points if (point.kind, point.level) == load]
         _, first = found[0]
         for name, point in found:
-            cells = [level(point) if point is first else "", name, _answered(point), f"{point.output_rate:.4g}"]
+            cells: list[str | Text] = [
+                level(point) if point is first else "",
+                name,
+                _answered(point),
+                f"{point.output_rate:.4g}",
+            ]
             cells.append("" if point is first else _ratio(first.output_rate, point.output_rate))
             for ours, theirs in ((first.ttft, point.ttft), (first.tpot, point.tpot), (first.e2e, point.e2e)):
                 ratio = "" if point is first else _ratio(theirs.p50, ours.p50)

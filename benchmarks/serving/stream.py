@@ -95,7 +95,8 @@ class Answer:
 
 def answer_of(body: Iterable[tuple[float, bytes]]) -> Answer:
     texts: list[float] = []
-    end, usage, error = None, {}, None
+    usage: dict[str, int] = {}
+    end, error = None, None
     for at, data in events(body):
         if data == b"[DONE]":
             end = end or at
