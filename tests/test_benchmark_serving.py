@@ -373,7 +373,7 @@ def test_arrivals():
     drawn = arrivals(4, 4000, seed=1)
     assert drawn == arrivals(4, 4000, seed=1) != arrivals(4, 4000, seed=2)
     gaps = np.diff(drawn)
-    assert np.mean(gaps) == pytest.approx(0.25, rel=0.05)
+    assert np.mean(gaps) == pytest.approx(0.25)
     assert np.std(gaps) == pytest.approx(0.25, rel=0.1)
 
 

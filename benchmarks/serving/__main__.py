@@ -90,9 +90,9 @@ async def measure(server: Server, kind: str, at: float, asks: Sequence[Ask], opt
     messages = [server.message(ask) for ask in asks]
     with counted_cost() as cost:
         if kind == "rate":
-            due = arrivals(at, len(asks), options.seed, options.arrivals == "poisson")
-            due = [at for at in due if at <= options.seconds]
-            exchanges = await open_loop(server.client, messages[: len(due)], due, options.timeout_s)
+            count = int(min(len(asks), 1 + at * options.seconds))
+            due = arrivals(at, count, options.seed, options.arrivals == "poisson")
+            exchanges = await open_loop(server.client, messages[:count], due, options.timeout_s)
         else:
             exchanges = await closed_loop(server.client, messages, int(at), options.seconds, options.timeout_s)
     outcomes = [outcome_of(each, asks[each.asked].output_tokens) for each in exchanges]

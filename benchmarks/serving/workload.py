@@ -105,9 +105,12 @@ def _ask(line: str, output_tokens: int) -> Ask:
 
 
 def arrivals(rate: float, count: int, seed: int, poisson: bool = True) -> Sequence[float]:
-    """Seconds from the start at which requests are due, the first at once; `inf` has all of them there."""
-    if np.isinf(rate):
+    """Seconds from the start at which requests are due, the first at once; `inf` has all of them there.
+
+    Poisson's gaps are drawn, then stretched so that the rate of these few is what was asked for too.
+    """
+    if np.isinf(rate) or count < 2:
         return [0.0] * count
-    gaps = np.random.default_rng(seed).exponential(1 / rate, count) if poisson else np.full(count, 1 / rate)
-    gaps[0] = 0
-    return [float(at) for at in np.cumsum(gaps)]
+    gaps = np.random.default_rng(seed).exponential(size=count - 1) if poisson else np.ones(count - 1)
+    gaps *= (count - 1) / rate / gaps.sum()
+    return [0.0, *map(float, np.cumsum(gaps))]
