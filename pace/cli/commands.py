@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .serve import serve
+from .sizes import as_bytes
 from .terminal import INTERRUPTED, note, reported, show_warnings, stderr
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.command()(reported()(serve))
 
 
 def main() -> None:
@@ -54,17 +59,6 @@ def pace(
 ) -> None:
     """Language models on this machine's CPU."""
     show_warnings()
-
-
-def _as_bytes(text: str) -> int:
-    """ "4G", "512M", "1.5GiB", or plain bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise typer.BadParameter(f"{text!r} is no size: write 4G, 512M or a number of bytes")
-    size = float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")
-    if size >= 2**63:
-        raise typer.BadParameter(f"{found[0][:20]}… is more than any machine has")
-    return int(size)
 
 
 _SAMPLING, _FORM, _MACHINE = "Sampling", "Form of the text", "Machine"
@@ -122,7 +116,7 @@ KVCacheBytes = Annotated[
     int | None,
     typer.Option(
         rich_help_panel=_MACHINE,
-        parser=_as_bytes,
+        parser=as_bytes,
         metavar="SIZE",
         help="Memory for keys and values, such as 4G or 512M; else a quarter of what is free.",
     ),

@@ -1,14 +1,12 @@
 """All that `pace serve` can be told: one field for each flag, with its help."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 from pace.engine.config import EngineConfig
-from pace.engine.loader import check_cache
-
-from .chat.formats import CALLS, THINKING
 
 
 def _flag(default: Any, help: str, panel: str, kind: str = "") -> Any:
@@ -35,8 +33,8 @@ class ServerConfig:
     request_seconds: float = _flag(600.0, "Within which a request must be answered.", "HTTP")
     drain_seconds: float = _flag(30.0, "For running requests to end in, after SIGTERM.", "HTTP")
     served_model_name: str | None = _flag(None, "What clients call the model, instead of MODEL.", "Answers")
-    tool_parser: str | None = _flag(None, f"How the model writes calls: {', '.join(CALLS)}.", "Answers")
-    reasoning_parser: str | None = _flag(None, f"How it writes its thinking: {', '.join(THINKING)}.", "Answers")
+    tool_parser: str | None = _flag(None, "How the model writes calls of tools; else as its chat template shows.", "Answers")
+    reasoning_parser: str | None = _flag(None, "How it writes its thinking; else as its chat template shows.", "Answers")
     max_texts: int = _flag(64, "Of one request: its prompts times n or best_of.", "Answers")
     engines: str = _flag("auto", "How many engine processes; auto: one a NUMA node.", "Machine")
     cores: str | None = _flag(None, 'The CPUs of each engine, such as "0-31;32-63".', "Machine")
@@ -62,17 +60,18 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_type(each.name, str(each.type), getattr(self, each.name))
+            _check_type(each, getattr(self, each.name))
         if not self.model:
             raise ValueError("no model is named: give MODEL, or `model` in the configuration file")
+        from pace.engine.loader import check_cache  # heavy, as what else is imported here
+
+        from .chat.formats import Format, override
+
         check_cache(self.cache, self.block_tokens)
+        override(Format(), self.tool_parser, self.reasoning_parser)
         EngineConfig(**self.limits)
         if self.engines != "auto" and not (self.engines.isdecimal() and int(self.engines) > 0):
             raise ValueError(f"engines is {self.engines!r}; it must be a number, or auto")
-        for name in ("tool_parser", "reasoning_parser"):
-            known = CALLS if name == "tool_parser" else THINKING
-            if getattr(self, name) is not None and getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {', '.join(known)}")
         for name in ("port", "max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "drain_seconds"):
             if getattr(self, name) < (0 if name in ("port", "drain_seconds") else 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -144,16 +143,19 @@ def read_config(path: str) -> dict[str, Any]:
     return values
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+def kind_of(each: "Field[Any]") -> type:
+    """The type of a field's values, None aside: str, int, float, bool, or tuple, which is of texts."""
+    (first, *_) = get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
+    kind: type = get_origin(first) or first
+    return kind
 
 
-def _check_type(name: str, annotation: str, value: Any) -> None:
-    if value is None and "None" in annotation:
+def _check_type(each: "Field[Any]", value: Any) -> None:
+    kind = kind_of(each)
+    if value is None and isinstance(each.type, UnionType):
         return
-    if annotation.startswith("tuple"):
+    if kind is tuple:
         if not all(isinstance(item, str) and item for item in value):
-            raise ValueError(f"{name} is {value!r}; it must be texts that are not empty")
-        return
-    kind = annotation.partition(" ")[0]
-    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{name} is {value!r}; it must be of type {kind}")
+            raise ValueError(f"{each.name} is {value!r}; it must be texts that are not empty")
+    elif not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{each.name} is {value!r}; it must be of type {kind.__name__}")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from pace.engine.loader import LoadedModel, load_shared
+from pace.engine.loader import LoadedModel, default_cache_bytes, load_shared
 from pace.numa import Place, occupy
 
 from .worker import work
@@ -29,9 +29,10 @@ class NodeSettings(msgspec.Struct, frozen=True):
 
     model: str
     dtype: str
-    operators: dict[str, str] | str | None
+    operators: str | None
     place: Place | None
     engine: dict[str, Any]  # the arguments of LoadedModel.engine
+    engines: int = 1  # of all nodes, which share the memory
     progress: bool = False
 
 
@@ -62,7 +63,7 @@ Report = Loaded | Started | Ended
 
 
 def main() -> None:
-    """Signals are the front process's to act on; in a terminal all processes get them."""
+    """The node's process. Signals are the front process's to act on; in a terminal all processes get them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     commands, reports = os.fdopen(0, "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
@@ -88,6 +89,9 @@ def _load(settings: NodeSettings) -> LoadedModel:
 class _Node:
     def __init__(self, settings: NodeSettings, loaded: LoadedModel, commands: Any, reports: Any) -> None:
         self.settings, self.loaded, self._commands, self._reports = settings, loaded, commands, reports
+        self._options = settings.engine
+        if self._options.get("kv_cache_bytes") is None:  # once: an engine that begins anew gets no less
+            self._options = self._options | {"kv_cache_bytes": default_cache_bytes() // settings.engines}
         self._engines: set[int] = set()
         self._life, self._held = os.pipe()  # the engines see its end when this process ends
 
@@ -128,7 +132,7 @@ class _Node:
             _end_with(self._life)
             if start.place is not None:
                 occupy(start.place)
-            work(self.loaded.engine(**self.settings.engine), start.wishes, start.news)
+            work(self.loaded.engine(**self._options), start.wishes, start.news)
             status = 0
         except BaseException:
             logger.exception("engine %d ends", start.engine)

@@ -1,0 +1,194 @@
+"""The front process from its beginning to its end: engines, HTTP, signals."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+
+from pace import isa
+from pace.engine.tokenizer import Tokenizer
+from pace.models import open_checkpoint
+from pace.models.hub import resolve
+from pace.numa import Place, allowed, topology
+from pace.ops import OperatorConfig
+from pace.partition import by_node, leftover, partition
+
+from .admission import Admission
+from .app import create_app
+from .chat.formats import detect, override
+from .config import ServerConfig
+from .fleet import Fleet
+from .log import Handler
+from .metrics import Metrics
+from .node import NodeSettings
+from .service import Service
+
+logger = logging.getLogger("pace")
+
+
+def serve(config: ServerConfig) -> None:
+    """Until a signal. What is wrong with the configuration, the model or the port is raised before there is an engine:
+    ValueError, OSError.
+    """
+    OperatorConfig.parse(config.ops)
+    groups = _places(config)
+    with _listening(config) as listener:
+        asyncio.run(_Front(config, groups, listener).run())
+
+
+def _places(config: ServerConfig) -> list[list[Place | None]]:
+    """Of each engine, by node; and this process moves out of their way."""
+    engines = None if config.engines == "auto" else int(config.engines)
+    machine, mine = topology(), allowed()
+    threads = config.threads or isa.asked_num_threads()
+    places = partition(machine, mine, engines, config.cores, threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, leftover(machine, mine, places))
+    return [list(group) for group in by_node(machine, places)]
+
+
+def _listening(config: ServerConfig) -> socket.socket:
+    """Taken at once, so that a port in use is known before a model is loaded."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"{config.host}:{config.port} can't be listened on ({error.strerror}): choose another --port or --host"
+        ) from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Signals are the front's to act on."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
+class _Front:
+    def __init__(self, config: ServerConfig, groups: list[list[Place | None]], listener: socket.socket) -> None:
+        self.config, self.groups, self.listener = config, groups, listener
+        self._signals = 0
+
+    async def run(self) -> None:
+        service = self._service()
+        _log_to(Handler(self.config.log_json, service.metrics.log_lines_lost.inc))
+        server = self._server(service)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        self._stop = asyncio.Event()
+        try:
+            starting = asyncio.ensure_future(service.fleet.start())
+            serving = asyncio.ensure_future(server.serve([self.listener]))
+            stopping = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait({starting, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                self._announce(service)
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            starting.cancel()
+            if not serving.done():
+                await self._drain(service, server)
+            await serving
+        finally:
+            server.should_exit = server.force_exit = True
+            await service.fleet.close()
+
+    def _service(self) -> Service:
+        config = self.config
+        path = resolve(config.model)
+        with open_checkpoint(path) as checkpoint:
+            positions = int(checkpoint.config["max_position_embeddings"])
+        tokenizer = Tokenizer.load(path)
+        templates = tokenizer.chat_templates
+        format = override(
+            detect(templates.get("tool_use") or templates.get("default", "")), config.tool_parser, config.reasoning_parser
+        )
+        config.keys  # noqa: B018 (said now, if it can't be read)
+        admission = Admission(config.max_waiting, config.max_waiting_tokens)
+        fleet = Fleet(self._settings(), self.groups, sticky=self._caches_prefixes)
+        return Service(config, tokenizer, format, fleet, admission, Metrics(fleet.engines, admission), positions)
+
+    @property
+    def _caches_prefixes(self) -> bool:
+        given = self.config.prefix_caching
+        return self.config.cache in ("SLAB_POOL", "PAGED") if given is None else given
+
+    def _settings(self) -> NodeSettings:
+        config = self.config
+        engine: dict[str, Any] = {
+            "kv_cache_bytes": config.kv_cache_bytes,
+            "cache": config.cache,
+            "block_tokens": config.block_tokens,
+            "prefix_caching": self._caches_prefixes,
+            **config.limits,
+        }
+        count = sum(map(len, self.groups))
+        return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, sys.stderr.isatty())
+
+    def _server(self, service: Service) -> uvicorn.Server:
+        config = self.config
+        server = _Server(
+            uvicorn.Config(
+                create_app(service),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                timeout_keep_alive=75,
+                ssl_certfile=config.tls_cert,
+                ssl_keyfile=config.tls_key,
+            )
+        )
+        server.config.load()  # what is wrong with certificates is said before a model is loaded
+        return server
+
+    def _announce(self, service: Service) -> None:
+        host, port = self.listener.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        scheme = "https" if self.config.tls_cert else "http"
+        engines = len(service.fleet.engines)
+        logger.info(
+            "%s on %s://%s:%d with %d engine%s", self.config.name, scheme, address, port, engines, "s" * (engines > 1)
+        )
+
+    def _signalled(self) -> None:
+        """The first lets running requests end; the second ends them."""
+        self._signals += 1
+        self._stop.set()
+
+    async def _drain(self, service: Service, server: uvicorn.Server) -> None:
+        admission = service.admission
+        admission.closed = True
+        if admission.in_flight:
+            logger.info("ends in at most %g s: %d requests run", self.config.drain_seconds, admission.in_flight)
+        deadline = asyncio.get_running_loop().time() + self.config.drain_seconds
+        while admission.in_flight and self._signals < 2 and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        if admission.in_flight:
+            logger.warning("%d requests are cut off", admission.in_flight)
+            await service.fleet.close()  # who waits gets an error
+            await asyncio.sleep(0.2)
+        server.should_exit = True
+
+
+def _log_to(handler: logging.Handler) -> None:
+    """The server's own lines, and what its libraries warn of."""
+    for name, level in (("pace", logging.INFO), ("uvicorn", logging.WARNING)):
+        named = logging.getLogger(name)
+        named.handlers[:] = [handler]
+        named.setLevel(level)
+        named.propagate = False

@@ -1,0 +1,38 @@
+"""Servers to ask: one of a tiny random model, one of SmolLM2, each with two engines, for the whole session."""
+
+import pytest
+
+from tests.engine.fakes import write_model
+
+from .running import Server
+
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The directory of a tiny random model, with a chat template."""
+    path = tmp_path_factory.mktemp("tiny-server")
+    write_model(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(tiny, tmp_path_factory):
+    """Of the tiny model, with two engines."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    flags = ("--engines", 2, "--served-model-name", "tiny", "--kv-cache-bytes", "8M", "--max-sequences", 64)
+    with Server(tiny, *flags, log=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Of SmolLM2, with two engines."""
+    log = tmp_path_factory.mktemp("log") / "smollm2.log"
+    with Server("smollm2", "--engines", 2, "--kv-cache-bytes", "512M", log=log) as running:
+        yield running
