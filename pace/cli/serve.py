@@ -62,7 +62,9 @@ def _option(each: "Field[Any]") -> inspect.Parameter:
 def _parameters() -> list[inspect.Parameter]:
     model = Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="As for `pace generate`; may stand in the --config file.", show_default=False),
+        typer.Argument(
+            metavar="MODEL", help="As for `pace generate`; may stand in the --config file.", show_default=False
+        ),
     ]
     config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="Options, in YAML or TOML.")]
     show = Annotated[bool, typer.Option("--print-config", help="Print what all of it comes to, without keys, and end.")]

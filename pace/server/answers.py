@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -39,19 +39,20 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, exchange: Exchange, events: AsyncIterator[dict[str, Any]], receive: Receive) -> None:
+    def __init__(self, exchange: Exchange, events: AsyncGenerator[dict[str, Any]], receive: Receive) -> None:
         self._exchange, self._events, self._gone = exchange, events, asyncio.ensure_future(_until_gone(receive))
+        self._first: dict[str, Any] = {}
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.raw_headers[[name for name, _ in self.raw_headers].index(b"content-length")]
 
     @classmethod
-    async def begin(cls, exchange: Exchange, events: AsyncIterator[dict[str, Any]], receive: Receive) -> "EventStream":
+    async def begin(cls, exchange: Exchange, events: AsyncGenerator[dict[str, Any]], receive: Receive) -> "EventStream":
         stream = cls(exchange, events, receive)
         try:
-            stream._first = await _unless(stream._gone, anext(events))
+            stream._first = await _unless(stream._gone, events.__anext__())
         except BaseException:
             stream._gone.cancel()
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
             raise
         return stream
 
@@ -68,7 +69,7 @@ class EventStream(Response):
             await _event(send, as_json(error.body), more=False)
         finally:
             self._gone.cancel()
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
             self._exchange.close(outcome, reason)
 
     async def _pump(self, send: Send) -> None:
@@ -83,7 +84,10 @@ async def _event(send: Send, data: bytes, more: bool = True) -> None:
 
 
 async def answer(
-    exchange: Exchange, receive: Receive, events: AsyncIterator[dict[str, Any]] | None, whole: Callable[[], Coroutine[Any, Any, Any]]
+    exchange: Exchange,
+    receive: Receive,
+    events: AsyncGenerator[dict[str, Any]] | None,
+    whole: Callable[[], Coroutine[Any, Any, Any]],
 ) -> Response:
     """An exchange's end: `events` where it streams, else what `whole` gives."""
     try:
@@ -114,11 +118,12 @@ async def _until_gone(receive: Receive) -> None:
 
 async def _unless(gone: "asyncio.Future[None]", work: Coroutine[Any, Any, Result]) -> Result:
     """The result of some work, given up with ClientGone where the client goes first."""
-    task = asyncio.ensure_future(work)
+    task: asyncio.Future[Any] = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return task.result()
+            result: Result = task.result()
+            return result
         raise ClientGone
     finally:
         if not task.done():
@@ -157,9 +162,9 @@ def check_end(piece: Piece) -> None:
         raise APIError(500, f"the text could not be finished: {piece.stop_reason or piece.finish_reason}")
 
 
-async def with_errors(events: AsyncIterator[Result]) -> AsyncIterator[Result]:
+async def with_errors(events: AsyncGenerator[Result]) -> AsyncGenerator[Result]:
     """What engines say, as APIErrors."""
     with as_api_errors():
-        async with aclosing(events) as items:  # type: ignore[type-var]
+        async with aclosing(events) as items:
             async for item in items:
                 yield item

@@ -31,8 +31,13 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _unexpected)
     app.add_middleware(Guard, keys=config.keys, max_body_bytes=config.max_body_bytes)
     if config.cors_origin:
-        headers = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["X-Request-ID"]}
-        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), **headers)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origin),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID"],
+        )
     return app
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -52,7 +52,7 @@ class _Chat:
             body["prompt_token_ids"] = self.prompt
         return body
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any]]:
         options = self.body.stream_options
         wants_usage = options is not None and options.include_usage
         writers: dict[int, _Writer] = {}
@@ -98,7 +98,7 @@ class _Chat:
 
     # --- from the request to the engine ---
 
-    async def _news(self, whole: bool) -> AsyncIterator[tuple[int, Progress]]:
+    async def _news(self, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         self.use = tool_use(self.body.tools, self.body.tool_choice, self.body.parallel_tool_calls is not False)
         params = self._params()
         self.prompt = await asyncio.to_thread(self._encode, params)
@@ -118,9 +118,7 @@ class _Chat:
         if self.service.format.keeps_special_tokens(bool(self.use.shown)):
             changes["skip_special_tokens"] = False
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return body.sampling(
-            max_tokens=most, logprobs=(body.top_logprobs or 0) if body.logprobs else None, **changes
-        )
+        return body.sampling(max_tokens=most, logprobs=(body.top_logprobs or 0) if body.logprobs else None, **changes)
 
     def _encode(self, params: SamplingParams) -> list[int]:
         prompt = self.text = render(
@@ -192,12 +190,12 @@ class _Writer:
         events = self._changes(self._parser.push(piece.text))
         if piece.finish_reason is not None:
             events += self._changes(self._parser.finish())
-        logprobs = {"logprobs": self._job.logprobs(piece)} if self._job.body.logprobs else {}
+        beside: dict[str, Any] = {"logprobs": self._job.logprobs(piece)} if self._job.body.logprobs else {}
         if self._job.body.return_token_ids:
-            logprobs["token_ids"] = piece.token_ids
-        if logprobs and not events:
+            beside["token_ids"] = piece.token_ids
+        if beside and not events:
             events.append({})
-        told = [(event, logprobs if i == 0 else {}) for i, event in enumerate(events)]
+        told = [(event, beside if i == 0 else {}) for i, event in enumerate(events)]
         if piece.finish_reason is not None:
             reason = "tool_calls" if self._calls and piece.finish_reason == "stop" else piece.finish_reason
             told.append(({}, {"finish_reason": reason, "stop_reason": piece.stop_reason}))

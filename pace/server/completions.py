@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -41,7 +41,7 @@ class _Completion:
                     choices[index] = self._choice(number, piece, progress)
         return self._body([choices[index] for index in sorted(choices)]) | {"usage": self.counts.usage()}
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any]]:
         options = self.body.stream_options
         wants_usage = options is not None and options.include_usage
         begun: set[int] = set()
@@ -56,7 +56,7 @@ class _Completion:
         if wants_usage:
             yield self._body([]) | {"usage": self.counts.usage()}
 
-    async def _news(self, whole: bool) -> AsyncIterator[tuple[int, Progress]]:
+    async def _news(self, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         body = self.body
         self.prompts = await asyncio.to_thread(self._encode)
         self.counts = Counts(self.prompts)

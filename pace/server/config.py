@@ -33,8 +33,12 @@ class ServerConfig:
     request_seconds: float = _flag(600.0, "Within which a request must be answered.", "HTTP")
     drain_seconds: float = _flag(30.0, "For running requests to end in, after SIGTERM.", "HTTP")
     served_model_name: str | None = _flag(None, "What clients call the model, instead of MODEL.", "Answers")
-    tool_parser: str | None = _flag(None, "How the model writes calls of tools; else as its chat template shows.", "Answers")
-    reasoning_parser: str | None = _flag(None, "How it writes its thinking; else as its chat template shows.", "Answers")
+    tool_parser: str | None = _flag(
+        None, "How the model writes calls of tools; else as its chat template shows.", "Answers"
+    )
+    reasoning_parser: str | None = _flag(
+        None, "How it writes its thinking; else as its chat template shows.", "Answers"
+    )
     max_texts: int = _flag(64, "Of one request: its prompts times n or best_of.", "Answers")
     engines: str = _flag("auto", "How many engine processes; auto: one a NUMA node.", "Machine")
     cores: str | None = _flag(None, 'The CPUs of each engine, such as "0-31;32-63".', "Machine")
@@ -49,7 +53,9 @@ class ServerConfig:
     prefix_caching: bool | None = _flag(
         None, "Keep what was computed for prompts that begin alike; else where the cache can.", "Cache and queue"
     )
-    policy: str = _flag("prefill_first", "prefill_first, or decode_first: running texts do not wait.", "Cache and queue")
+    policy: str = _flag(
+        "prefill_first", "prefill_first, or decode_first: running texts do not wait.", "Cache and queue"
+    )
     max_batch_tokens: int = _flag(1024, "Of a forward pass.", "Cache and queue")
     max_sequences: int = _flag(256, "Texts that an engine writes at once.", "Cache and queue")
     max_waiting: int = _flag(512, "Requests without a first token, beyond which there is a 429.", "Cache and queue")
@@ -157,5 +163,7 @@ def _check_type(each: "Field[Any]", value: Any) -> None:
     if kind is tuple:
         if not all(isinstance(item, str) and item for item in value):
             raise ValueError(f"{each.name} is {value!r}; it must be texts that are not empty")
-    elif not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
+    elif not isinstance(value, (int, float) if kind is float else kind) or (
+        kind is not bool and isinstance(value, bool)
+    ):
         raise ValueError(f"{each.name} is {value!r}; it must be of type {kind.__name__}")

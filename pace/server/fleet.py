@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -153,7 +153,8 @@ class Call:
             raise self._error
         if self._error is None:
             self._bell.clear()
-        return merged(unread)
+        news: Progress | Embedded = merged(unread)
+        return news
 
 
 def merged(news: Sequence[Any]) -> Any:
@@ -200,7 +201,7 @@ class Fleet:
 
     async def generate(
         self, wish: Generate, whole: bool = False, seconds: float | None = None, meter: Meter | None = None
-    ) -> AsyncIterator[Progress]:
+    ) -> AsyncGenerator[Progress]:
         """What comes of a request; with `whole`, all of it at once. Leaving the iteration cancels the request.
 
         A request whose engine is lost before anything came of it is given to another, once. RequestRefused, EngineBusy,

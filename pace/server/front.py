@@ -114,7 +114,9 @@ class _Front:
         tokenizer = Tokenizer.load(path)
         templates = tokenizer.chat_templates
         format = override(
-            detect(templates.get("tool_use") or templates.get("default", "")), config.tool_parser, config.reasoning_parser
+            detect(templates.get("tool_use") or templates.get("default", "")),
+            config.tool_parser,
+            config.reasoning_parser,
         )
         config.keys  # noqa: B018 (said now, if it can't be read)
         admission = Admission(config.max_waiting, config.max_waiting_tokens)

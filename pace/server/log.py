@@ -1,4 +1,4 @@
-"""The server's log: a line for each thing that happens, for people or, as JSON, for programs. A full disk ends nothing."""
+"""The server's log: a line for each thing that happens, for people or for programs. A full disk ends nothing."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ class Handler(logging.StreamHandler[TextIO]):
         self._lost = lost
         self.setFormatter(_JSONLine() if as_json else _Line())
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         self._lost()
 
 

@@ -48,12 +48,12 @@ class Metrics:
         self.duration = Histogram(
             "pace_request_duration_seconds", "From a request to its end.", buckets=SECONDS, registry=registry
         )
-        Gauge(
-            "pace_requests_in_flight", "HTTP requests that are being answered.", registry=registry
-        ).set_function(lambda: admission.in_flight)
-        Gauge(
-            "pace_requests_waiting", "Requests without a first token.", registry=registry
-        ).set_function(lambda: admission.waiting)
+        Gauge("pace_requests_in_flight", "HTTP requests that are being answered.", registry=registry).set_function(
+            lambda: admission.in_flight
+        )
+        Gauge("pace_requests_waiting", "Requests without a first token.", registry=registry).set_function(
+            lambda: admission.waiting
+        )
         self.log_lines_lost = Counter(
             "pace_log_lines_lost", "Lines of the log that could not be written.", registry=registry
         )

@@ -157,6 +157,7 @@ class _Node:
 
 def _end_with(life: int) -> None:
     """End this process when the other end of a pipe is closed."""
+
     def watch() -> None:
         os.read(life, 1)
         os._exit(0)

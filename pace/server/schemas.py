@@ -130,9 +130,9 @@ class Sampled(Schema):
 
     def structured(self) -> StructuredOutputsParams | None:
         """What the text must be. ValueError where that is said twice."""
-        named = {
-            "response_format": self.response_format and self.response_format.params(),
-            "structured_outputs": self.structured_outputs and self.structured_outputs.params(),
+        named: dict[str, StructuredOutputsParams | None] = {
+            "response_format": self.response_format.params() if self.response_format else None,
+            "structured_outputs": self.structured_outputs.params() if self.structured_outputs else None,
         }
         for name in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{name}")
@@ -156,7 +156,15 @@ class Sampled(Schema):
             "min_tokens": self.min_tokens or 0,
             "structured_outputs": self.structured(),
         }
-        same = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "stop_token_ids")
+        same: tuple[str, ...] = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",
+            "stop_token_ids",
+        )
         same += ("bad_words", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs")
         return SamplingParams(**(fields | {name: getattr(self, name) for name in same} | changes))
 
@@ -255,7 +263,11 @@ class ChatRequest(Sampled):
     def _agrees(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs: true")
-        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
             raise ValueError("continue_final_message and add_generation_prompt can't both be true")
         return self
 

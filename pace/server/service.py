@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +66,7 @@ class Exchange:
 
     async def generate(
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int, whole: bool
-    ) -> AsyncIterator[tuple[int, Progress]]:
+    ) -> AsyncGenerator[tuple[int, Progress]]:
         """The news of all prompts as they come, each with its prompt's number."""
         wishes = [
             Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority)
@@ -78,7 +78,7 @@ class Exchange:
             async for each in news:
                 yield each
 
-    async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncIterator[tuple[int, Progress]]:
+    async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         """A seed for the n-th text is the engine's to spread; a prompt's own is what it was given."""
         seconds = self.service.config.request_seconds
         async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
@@ -89,7 +89,10 @@ class Exchange:
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
         self.count(prompt_tokens=sum(map(len, prompts)))
-        seconds, fields = self.service.config.request_seconds, {"pooling": params.pooling, "normalize": params.normalize}
+        seconds, fields = (
+            self.service.config.request_seconds,
+            {"pooling": params.pooling, "normalize": params.normalize},
+        )
         tasks = [
             asyncio.ensure_future(
                 self.service.fleet.embed(Embed(f"{self.request_id}.{i}", prompt, fields, priority), seconds, self.meter)
@@ -154,17 +157,17 @@ def as_api_errors() -> Iterator[None]:
         raise APIError(400, str(error)) from None
 
 
-async def together(streams: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
+async def together(streams: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[Any]:
     """Several streams as one. What one raises ends all."""
-    queue: asyncio.Queue[Callable[[], Any] | None] = asyncio.Queue(maxsize=len(streams))
+    queue: asyncio.Queue[tuple[Any, Exception | None] | None] = asyncio.Queue(maxsize=len(streams))
 
-    async def forward(stream: AsyncIterator[Any]) -> None:
+    async def forward(stream: AsyncGenerator[Any]) -> None:
         try:
-            async with aclosing(stream) as items:  # type: ignore[type-var]
+            async with aclosing(stream) as items:
                 async for item in items:
-                    await queue.put(lambda item=item: item)
+                    await queue.put((item, None))
         except Exception as error:
-            await queue.put(lambda error=error: _raise(error))
+            await queue.put((None, error))
         else:
             await queue.put(None)
 
@@ -172,16 +175,15 @@ async def together(streams: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
     left = len(tasks)
     try:
         while left:
-            item = await queue.get()
-            if item is None:
+            news = await queue.get()
+            if news is None:
                 left -= 1
-            else:
-                yield item()
+                continue
+            item, error = news
+            if error is not None:
+                raise error
+            yield item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _raise(error: Exception) -> None:
-    raise error

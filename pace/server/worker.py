@@ -43,7 +43,7 @@ def work(engine: Engine, wishes: str, news: str) -> None:
 
 
 def _connected(context: "zmq.Context[Any]", kind: int, address: str) -> "zmq.Socket[bytes]":
-    socket = context.socket(kind)
+    socket: zmq.Socket[bytes] = context.socket(kind)
     socket.set_hwm(0)  # nothing is dropped, and no step waits for a reader
     socket.linger = 0
     socket.connect(address)
