@@ -18,7 +18,6 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-import pace
 from pace.engine.engine import EngineStats
 from pace.errors import ModelError
 from pace.numa import Place
@@ -324,7 +323,7 @@ class Fleet:
                 delay = min(delay * 2, LAST_DELAY)
 
     async def _launch(self, node: _Node) -> asyncio.subprocess.Process:
-        home = str(Path(pace.__file__).parent.parent)
+        home = str(Path(__file__).parents[2])  # where this package is
         path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "pace.server.node"),

@@ -195,7 +195,7 @@ class CompletionRequest(Sampled):
     @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return self.prompt  # type: ignore[return-value]
 
 
@@ -286,7 +286,7 @@ class EmbeddingRequest(Schema):
     @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.input, str) or isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]
+            return [self.input]
         return self.input  # type: ignore[return-value]
 
 
