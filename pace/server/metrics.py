@@ -71,9 +71,12 @@ class RequestMeter:
         self.arrived = time.perf_counter()
         self.first: float | None = None
         self._last = self.arrived
+        self._written: dict[str, int] = {}
 
     def tick(self, news: Progress | Embedded) -> None:
         now = time.perf_counter()
+        if isinstance(news, Progress):
+            self._count(news)
         if self.first is None:
             self.first = now - self.arrived
             self._metrics.first_token.observe(self.first)
@@ -82,6 +85,12 @@ class RequestMeter:
         else:
             self._metrics.inter_token.observe(now - self._last)
         self._last = now
+
+    def _count(self, news: Progress) -> None:
+        """At once, so that long texts show while they are written. A request that is begun anew is counted once."""
+        before = self._written.get(news.id, 0)
+        self._written[news.id] = max(before, news.completion_tokens)
+        self._metrics.generation_tokens.inc(self._written[news.id] - before)
 
     @property
     def seconds(self) -> float:

@@ -72,7 +72,7 @@ class Exchange:
             Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority)
             for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
-        self.count(prompt_tokens=sum(map(len, prompts)))
+        self._count_prompts(prompts)
         streams = [self._stream(i, wish, whole) for i, wish in enumerate(wishes)]
         async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as news:
             async for each in news:
@@ -88,7 +88,7 @@ class Exchange:
                 yield number, progress
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
-        self.count(prompt_tokens=sum(map(len, prompts)))
+        self._count_prompts(prompts)
         seconds, fields = (
             self.service.config.request_seconds,
             {"pooling": params.pooling, "normalize": params.normalize},
@@ -105,6 +105,11 @@ class Exchange:
             for task in tasks:
                 task.cancel()
 
+    def _count_prompts(self, prompts: Sequence[list[int]]) -> None:
+        tokens = sum(map(len, prompts))
+        self.count(prompt_tokens=tokens)
+        self.service.metrics.prompt_tokens.inc(tokens)
+
     def count(self, **tokens: int) -> None:
         for name, number in tokens.items():
             self.figures[name] = self.figures.get(name, 0) + number
@@ -115,8 +120,6 @@ class Exchange:
         metrics, figures, seconds = self.service.metrics, self.figures, self.meter.seconds
         metrics.requests.labels(self.endpoint, outcome).inc()
         metrics.duration.observe(seconds)
-        metrics.prompt_tokens.inc(figures.get("prompt_tokens", 0))
-        metrics.generation_tokens.inc(figures.get("output_tokens", 0))
         metrics.cached_tokens.inc(figures.get("cached_tokens", 0))
         written = figures.get("output_tokens", 0)
         if self.meter.first is not None and written > 1:
