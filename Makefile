@@ -39,6 +39,12 @@ sanitize: $(VENV)/.dev  ## the kernels' tests under the address and undefined-be
 test-slow: $(VENV)/.test  ## big shapes and long runs
 	$(BIN)/python -m pytest -m slow
 
+# The page's tests drive a Chromium. Where it can't be had they are skipped, and say so.
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	[ "$$(id -u)" = 0 ] && command -v apt-get && { $(APT) update; $(APT) install -y --no-install-recommends chromium; }; \
+	} >/dev/null 2>&1 || echo 'no Chromium here, and none could be installed'
+
 build: $(VENV)/.built
 
 $(VENV)/.venv:
@@ -51,6 +57,7 @@ $(VENV)/.built: $(VENV)/.venv $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.built
 	$(PIP) install -c constraints.txt -e '.[test]'
+	@$(CHROMIUM)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -54,7 +54,7 @@ def unpack(wheels):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(wheels / "unpacked")
         names = archive.namelist()
-    assert "pace/py.typed" in names
+    assert {"pace/py.typed", "pace/server/page.html"} <= set(names)
     suffixes = {PurePath(name).suffix for name in names}
     assert not suffixes & SOURCES
     return wheel, suffixes

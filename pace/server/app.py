@@ -1,6 +1,7 @@
 """The routes. Each is also there without /v1, as llama-server's clients ask for it."""
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +27,7 @@ def create_app(service: Service) -> FastAPI:
     _add_answers(app, service)
     _add_tokens(app, service)
     _add_states(app, service)
+    _add_page(app)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
@@ -135,6 +137,24 @@ def _add_states(app: FastAPI, service: Service) -> None:
         return JSON({"version": version("pace")})
 
 
+PAGE = Path(__file__).with_name("page.html")
+# All is in the one file: what a model writes can load nothing, and no other site can frame the page.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self' data: blob:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+def _add_page(app: FastAPI) -> None:
+    page = PAGE.read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        return Response(page, headers=PAGE_HEADERS, media_type="text/html")
+
+
 def _model(service: Service) -> dict[str, Any]:
     return {
         "id": service.config.name,
@@ -143,6 +163,7 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "pace",
         "root": service.config.model,
         "max_model_len": service.max_positions,
+        "modalities": ["text"],
     }
 
 
