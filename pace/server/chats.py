@@ -27,7 +27,7 @@ from .service import Exchange, Service, as_api_errors, begin
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
     texts, size = max(body.n or 1, body.best_of or 1), sum(len(str(each.content or "")) for each in body.messages)
-    exchange = begin(service, "chat", request.state.request_id, texts, size)
+    exchange = begin(service, "chat", request, body, texts, size)
     job = _Chat(exchange, body)
     return await answer(exchange, request.receive, with_errors(job.events()) if body.stream else None, job.whole)
 
