@@ -42,7 +42,8 @@ def serve(config: ServerConfig) -> None:
     OperatorConfig.parse(config.ops)
     groups = places(config)
     with _listening(config) as listener:
-        asyncio.run(_Front(config, groups, listener).run())
+        with asyncio.Runner(loop_factory=_event_loop) as runner:
+            runner.run(_Front(config, groups, listener).run())
 
 
 def places(config: ServerConfig) -> list[list[Place | None]]:
@@ -116,6 +117,15 @@ def _settings(config: ServerConfig, groups: list[list[Place | None]]) -> NodeSet
     }
     count = sum(map(len, groups))
     return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, sys.stderr.isatty())
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed, as the extra `serve` has it where it can be."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:  # as on Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 class _Server(uvicorn.Server):
