@@ -41,9 +41,9 @@ test-slow: $(VENV)/.test  ## big shapes and long runs
 
 # The page's tests drive a Chromium. Where it can't be had they are skipped, and say so.
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
-CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome || { \
-	[ "$$(id -u)" = 0 ] && command -v apt-get && { $(APT) update; $(APT) install -y --no-install-recommends chromium; }; \
-	} >/dev/null 2>&1 || echo 'no Chromium here, and none could be installed'
+CHROMIUM := { command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	[ "$$(id -u)" = 0 ] && { $(APT) update; $(APT) install -y --no-install-recommends chromium; }; }; } >/dev/null 2>&1 \
+	|| echo 'no Chromium here, and none could be installed: the tests of the page will be skipped'
 
 RAY_VENV := .venv-ray
 ray-test:  ## deploy/ray_serve.py on a local cluster, in an environment of its own

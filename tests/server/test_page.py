@@ -283,6 +283,13 @@ def test_markdown_becomes_elements_and_html_stays_text(visit):
     assert shown.locator("> p").last.text_content() == "End 2*3*4 **"
 
 
+def test_lists_without_end_are_no_matter(visit):
+    visit.answer_with({"content": "- " * 5000 + "x\n" + "**" * 3000 + "`" * 3001})
+    visit.send("Hello")
+    assert visit.answer.locator("ul").count() == 8
+    assert visit.answer.locator(".text").text_content().endswith("`")
+
+
 def test_thinking_is_folded_and_calls_are_shown(visit):
     call = {"index": 0, "id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     visit.answer_with({"reasoning_content": "Hm, <b>"}, {"content": "Well."}, {"tool_calls": [call]})
