@@ -41,9 +41,8 @@ def serve(config: ServerConfig) -> None:
     """
     OperatorConfig.parse(config.ops)
     groups = places(config)
-    with _listening(config) as listener:
-        with asyncio.Runner(loop_factory=_event_loop) as runner:
-            runner.run(_Front(config, groups, listener).run())
+    with _listening(config) as listener, asyncio.Runner(loop_factory=_event_loop) as runner:
+        runner.run(_Front(config, groups, listener).run())
 
 
 def places(config: ServerConfig) -> list[list[Place | None]]:
