@@ -5,15 +5,18 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pace.server.config import ServerConfig
+
 DEPLOY = Path(__file__).parent.parent / "deploy"
 SECRETS = "/run/secrets"
 
-# What the server shows at /metrics: the kind of each metric, and its labels.
+# What the server shows at /metrics: the kind of each metric, and its labels. tests/server/test_api.py asks a server.
 METRICS = {
     "pace_requests_total": ("counter", {"endpoint", "outcome"}),
     "pace_prompt_tokens_total": ("counter", set()),
@@ -24,20 +27,24 @@ METRICS = {
     "pace_inter_token_latency_seconds": ("histogram", set()),
     "pace_request_duration_seconds": ("histogram", set()),
     "pace_requests_in_flight": ("gauge", set()),
+    "pace_requests_waiting": ("gauge", set()),
+    "pace_log_lines_lost_total": ("counter", set()),
     "pace_engine_up": ("gauge", {"engine"}),
     "pace_sequences_running": ("gauge", {"engine"}),
     "pace_sequences_waiting": ("gauge", {"engine"}),
     "pace_cache_used_ratio": ("gauge", {"engine"}),
+    "pace_cache_capacity_bytes": ("gauge", {"engine"}),
     "pace_prefix_hit_ratio": ("gauge", {"engine"}),
     "pace_preemptions_total": ("counter", {"engine"}),
     "pace_engine_restarts_total": ("counter", {"engine"}),
+    "pace_engine_steps_total": ("counter", {"engine"}),
 }
 SERIES = {
     f"{name}{suffix}": (kind, labels | ({"le"} if suffix == "_bucket" else set()))
     for name, (kind, labels) in METRICS.items()
     for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))
 }
-SERVE = {"--host", "--port", "--engines", "--cores", "--api-key-file", "--drain-seconds", "--log-json", "--config"}
+SERVE = {"--config", *(f"--{each.name.replace('_', '-')}" for each in fields(ServerConfig))}
 
 
 def read_yaml(name):
