@@ -27,7 +27,7 @@ from .service import Exchange, Service, as_api_errors, begin
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
     texts, size = max(body.n or 1, body.best_of or 1), sum(len(str(each.content or "")) for each in body.messages)
-    exchange = begin(service, "chat", request.state.request_id, texts, size)
+    exchange = begin(service, "chat", request, body, texts, size)
     job = _Chat(exchange, body)
     return await answer(exchange, request.receive, with_errors(job.events()) if body.stream else None, job.whole)
 
@@ -136,7 +136,11 @@ class _Chat:
         body, known = self.body, template_variables(self.service)
         given = dict(body.chat_template_kwargs or {})
         if unknown := given.keys() - known:
-            raise APIError(400, f"the model's chat template does not know {', '.join(sorted(unknown))}")
+            message = f"the model's chat template does not know {', '.join(sorted(unknown))}"
+            raise APIError(400, message, param="chat_template_kwargs")
+        if own := given.keys() & {"messages", "tools"}:
+            message = f"{', '.join(sorted(own))} can't be given in chat_template_kwargs: they are fields of the request"
+            raise APIError(400, message, param="chat_template_kwargs")
         if body.documents is not None:
             if "documents" not in known:
                 raise APIError(400, "the model's chat template does not know documents", param="documents")
@@ -217,7 +221,7 @@ def _written(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def render(service: Service, messages: list[Message], use: ToolUse, **arguments: Any) -> str:
+def render(service: Service, messages: list[Message], use: ToolUse, /, **arguments: Any) -> str:
     """The text of a chat. ValueError where the template refuses it."""
     for message in messages:
         if isinstance(message.content, list) and any(part.type == "image_url" for part in message.content):

@@ -19,7 +19,7 @@ from .service import Exchange, Service, as_api_errors, begin, size_of
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     service.check_model(body.model)
     texts = len(body.prompts) * max(body.n or 1, body.best_of or 1)
-    exchange = begin(service, "completions", request.state.request_id, texts, size_of(body.prompts))
+    exchange = begin(service, "completions", request, body, texts, size_of(body.prompts))
     job = _Completion(exchange, body)
     return await answer(exchange, request.receive, with_errors(job.events()) if body.stream else None, job.whole)
 

@@ -19,7 +19,7 @@ from .service import Exchange, Service, as_api_errors, begin, size_of
 
 async def embed(service: Service, request: Request, body: EmbeddingRequest) -> Response:
     service.check_model(body.model)
-    exchange = begin(service, "embeddings", request.state.request_id, len(body.prompts), size_of(body.prompts))
+    exchange = begin(service, "embeddings", request, body, len(body.prompts), size_of(body.prompts))
     return await answer(exchange, request.receive, None, lambda: _embeddings(exchange, body))
 
 

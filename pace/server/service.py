@@ -8,6 +8,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+
 from pace.engine.pooling import PoolingParams
 from pace.engine.sampling_params import SamplingParams
 from pace.engine.tokenizer import Tokenizer
@@ -16,13 +18,15 @@ from .admission import BYTES_PER_TOKEN, Admission, Ticket
 from .chat.formats import Format
 from .config import ServerConfig
 from .errors import APIError
-from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, TimedOut
+from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, TimedOut
 from .metrics import Metrics, RequestMeter
 from .protocol import Embed, Embedded, Generate, Progress, fields_of
+from .schemas import EmbeddingRequest, Sampled, field_of
 
 logger = logging.getLogger("pace.requests")
 
 Prompt = str | list[int]
+Asked = Sampled | EmbeddingRequest
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Exchange:
             for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
         self.count(prompt_tokens=sum(map(len, prompts)))
+        if self.service.config.log_prompts:
+            decode = self.service.tokenizer.decode
+            self.figures["prompts"] = [decode(prompt, skip_special_tokens=False) for prompt in prompts]
         streams = [self._stream(i, wish, whole) for i, wish in enumerate(wishes)]
         async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as news:
             async for each in news:
@@ -83,6 +90,8 @@ class Exchange:
         seconds = self.service.config.request_seconds
         async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
             async for progress in news:
+                if self.service.config.log_prompts:
+                    self._keep(number, progress)
                 if progress.finished:
                     self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
                 yield number, progress
@@ -105,6 +114,13 @@ class Exchange:
             for task in tasks:
                 task.cancel()
 
+    def _keep(self, number: int, progress: Progress) -> None:
+        """For the log."""
+        answers = self.figures.setdefault("answers", {})
+        for piece in progress.pieces:
+            name = f"{number}.{piece.index}"
+            answers[name] = answers.get(name, "") + piece.text
+
     def count(self, **tokens: int) -> None:
         for name, number in tokens.items():
             self.figures[name] = self.figures.get(name, 0) + number
@@ -126,12 +142,16 @@ class Exchange:
         logger.info("request", extra={"figures": line | figures | {"first_token": first, "seconds": round(seconds, 4)}})
 
 
-def begin(service: Service, endpoint: str, request_id: str, texts: int, size: int) -> Exchange:
+def begin(service: Service, endpoint: str, request: Request, body: Asked, texts: int, size: int) -> Exchange:
     """size: of the prompts, in bytes of text. APIError where the queue is full, before anything is done."""
+    if isinstance(body, Sampled) and body.request_id is not None:
+        request.state.request_id = body.request_id
     if texts > service.config.max_texts:
         raise APIError(400, f"the request asks for {texts} texts; max_texts is {service.config.max_texts}", param="n")
     ticket = service.admission.enter(texts, size // BYTES_PER_TOKEN + 1)
-    return Exchange(service, endpoint, request_id, RequestMeter(service.metrics, ticket.begun), ticket)
+    meter = RequestMeter(service.metrics, ticket.begun)
+    figures = {name: getattr(body, name, None) for name in ("user", "metadata")}
+    return Exchange(service, endpoint, request.state.request_id, meter, ticket, figures)
 
 
 def size_of(prompts: Sequence[Prompt]) -> int:
@@ -143,8 +163,6 @@ def as_api_errors() -> Iterator[None]:
     """What engines and parameters say, as a status."""
     try:
         yield
-    except RequestRefused as error:
-        raise APIError(400, str(error)) from None
     except EngineBusy as error:
         raise APIError(429, str(error), code="queue_full", retry_after=1) from None
     except NoEngine as error:
@@ -154,7 +172,7 @@ def as_api_errors() -> Iterator[None]:
     except TimedOut as error:
         raise APIError(504, str(error), code="timeout") from None
     except ValueError as error:
-        raise APIError(400, str(error)) from None
+        raise APIError(400, str(error), param=field_of(str(error))) from None
 
 
 async def together(streams: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[Any]:
