@@ -62,9 +62,9 @@ class Guard:
         if not self._keys or path in OPEN:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
-        given = _digest(_password(value) if kind.lower() == "basic" else value.strip())
+        given = _digest({"bearer": value.strip(), "basic": _password(value)}.get(kind.lower(), ""))
         # Every key is compared, and in constant time, so that the time taken says nothing.
-        if sum(hmac.compare_digest(given, key) for key in self._keys) == 0 or not value:
+        if sum(hmac.compare_digest(given, key) for key in self._keys) == 0:
             raise APIError(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _check_length(self, size: int) -> None:

@@ -138,6 +138,17 @@ class Sampled(Schema):
 
     def structured(self) -> StructuredOutputsParams | None:
         """What the text must be. ValueError where that is said twice."""
+        given = self._forms()
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} can't both be followed: give one")
+        return next(iter(given.values()), None)
+
+    @property
+    def form(self) -> str | None:
+        """The field that says what the text must be."""
+        return next(iter(self._forms()), None)
+
+    def _forms(self) -> dict[str, StructuredOutputsParams]:
         named: dict[str, StructuredOutputsParams | None] = {
             "response_format": self.response_format.params() if self.response_format else None,
             "structured_outputs": self.structured_outputs.params() if self.structured_outputs else None,
@@ -145,10 +156,7 @@ class Sampled(Schema):
         for name in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{name}")
             named[f"guided_{name}"] = None if value is None else _guided(name, value)
-        given = {name: params for name, params in named.items() if params is not None}
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} can't both be followed: give one")
-        return next(iter(given.values()), None)
+        return {name: params for name, params in named.items() if params is not None}
 
     def sampling(self, **changes: Any) -> SamplingParams:
         """ValueError for what can't be sampled by."""

@@ -18,7 +18,7 @@ from .admission import BYTES_PER_TOKEN, Admission, Ticket
 from .chat.formats import Format
 from .config import ServerConfig
 from .errors import APIError
-from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, TimedOut
+from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, TimedOut
 from .metrics import Metrics, RequestMeter
 from .protocol import Embed, Embedded, Generate, Progress, fields_of
 from .schemas import EmbeddingRequest, Sampled, field_of
@@ -63,6 +63,7 @@ class Exchange:
 
     service: Service
     endpoint: str
+    body: Asked
     request_id: str
     meter: RequestMeter
     ticket: Ticket
@@ -88,13 +89,17 @@ class Exchange:
     async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         """A seed for the n-th text is the engine's to spread; a prompt's own is what it was given."""
         seconds = self.service.config.request_seconds
-        async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
-            async for progress in news:
-                if self.service.config.log_prompts:
-                    self._keep(number, progress)
-                if progress.finished:
-                    self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
-                yield number, progress
+        try:
+            async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
+                async for progress in news:
+                    if self.service.config.log_prompts:
+                        self._keep(number, progress)
+                    if progress.finished:
+                        self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
+                    yield number, progress
+        except RequestRefused as error:
+            form = isinstance(self.body, Sampled) and self.body.form  # as the client calls it
+            raise RequestRefused(str(error).replace("structured_outputs", form or "tools")) from None
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
         self.count(prompt_tokens=sum(map(len, prompts)))
@@ -151,7 +156,7 @@ def begin(service: Service, endpoint: str, request: Request, body: Asked, texts:
     ticket = service.admission.enter(texts, size // BYTES_PER_TOKEN + 1)
     meter = RequestMeter(service.metrics, ticket.begun)
     figures = {name: getattr(body, name, None) for name in ("user", "metadata")}
-    return Exchange(service, endpoint, request.state.request_id, meter, ticket, figures)
+    return Exchange(service, endpoint, body, request.state.request_id, meter, ticket, figures)
 
 
 def size_of(prompts: Sequence[Prompt]) -> int:
