@@ -225,6 +225,8 @@ class CompletionRequest(Sampled):
 class FunctionCall(Schema):
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True)
+    """What openai's client made of the arguments; it sends that back."""
 
 
 class ToolCallMessage(Schema):
@@ -259,6 +261,8 @@ class Message(Schema):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
+    parsed: Any = Field(None, exclude=True)
+    """What openai's client made of the content; it sends that back."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Message":

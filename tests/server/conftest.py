@@ -31,8 +31,9 @@ def server(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
+def smollm2(smollm2, tmp_path_factory):
     """Of SmolLM2, with two engines."""
     log = tmp_path_factory.mktemp("log") / "smollm2.log"
-    with Server("smollm2", "--engines", 2, "--kv-cache-bytes", "512M", log=log) as running:
+    flags = ("--engines", 2, "--served-model-name", "smollm2", "--kv-cache-bytes", "512M")
+    with Server(smollm2, *flags, log=log) as running:
         yield running
