@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find pace/_kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*_kernel.c' -o -name parallel.c)
 
-.PHONY: demo test check bench attention-bench sanitize test-slow build clean
+.PHONY: demo test check bench attention-bench sanitize test-slow ray-test build clean
 
 demo: $(VENV)/.built  ## fetch SmolLM2 and let it speak
 	$(BIN)/pace pull smollm2
@@ -39,6 +39,12 @@ sanitize: $(VENV)/.dev  ## the kernels' tests under the address and undefined-be
 test-slow: $(VENV)/.test  ## big shapes and long runs
 	$(BIN)/python -m pytest -m slow
 
+RAY_VENV := .venv-ray
+ray-test:  ## deploy/ray_serve.py on a local cluster, in an environment of its own
+	$(MAKE) VENV=$(RAY_VENV) $(RAY_VENV)/.test
+	$(RAY_VENV)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[test,ray]'
+	$(RAY_VENV)/bin/python -m pytest -m slow tests/server/test_ray.py
+
 build: $(VENV)/.built
 
 $(VENV)/.venv:
@@ -58,5 +64,5 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(RAY_VENV) build dist *.egg-info
 	find pace -name '*.so' -delete

@@ -5,46 +5,50 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from pace.server.config import ServerConfig
+from pace.server.admission import Admission
+from pace.server.config import ServerConfig, kind_of
+from pace.server.fleet import Engine
+from pace.server.metrics import Metrics
+from pace.server.router import Bearer
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 SECRETS = "/run/secrets"
 
-# What the server shows at /metrics: the kind of each metric, and its labels. tests/server/test_api.py asks a server.
-METRICS = {
-    "pace_requests_total": ("counter", {"endpoint", "outcome"}),
-    "pace_prompt_tokens_total": ("counter", set()),
-    "pace_generation_tokens_total": ("counter", set()),
-    "pace_cached_prompt_tokens_total": ("counter", set()),
-    "pace_time_to_first_token_seconds": ("histogram", set()),
-    "pace_time_per_output_token_seconds": ("histogram", set()),
-    "pace_inter_token_latency_seconds": ("histogram", set()),
-    "pace_request_duration_seconds": ("histogram", set()),
-    "pace_requests_in_flight": ("gauge", set()),
-    "pace_requests_waiting": ("gauge", set()),
-    "pace_log_lines_lost_total": ("counter", set()),
-    "pace_engine_up": ("gauge", {"engine"}),
-    "pace_sequences_running": ("gauge", {"engine"}),
-    "pace_sequences_waiting": ("gauge", {"engine"}),
-    "pace_cache_used_ratio": ("gauge", {"engine"}),
-    "pace_cache_capacity_bytes": ("gauge", {"engine"}),
-    "pace_prefix_hit_ratio": ("gauge", {"engine"}),
-    "pace_preemptions_total": ("counter", {"engine"}),
-    "pace_engine_restarts_total": ("counter", {"engine"}),
-    "pace_engine_steps_total": ("counter", {"engine"}),
-}
+# Written when an engine is asked; there is none here.
+STATS = SimpleNamespace(
+    running=0,
+    waiting=0,
+    cache=SimpleNamespace(used_bytes=0, capacity_bytes=1),
+    prefix_hit_rate=0.0,
+    preemptions=0,
+    steps=0,
+)
+
+
+def metrics():
+    """What the server shows at /metrics: the kind of each metric, and its labels."""
+    shown = Metrics([Engine(Bearer(0), None, first_up=None, stats=STATS)], Admission(1, 1))
+    shown.requests.labels("chat", "ok")
+    for family in shown.registry.collect():
+        labels = set.union(*(set(sample.labels) for sample in family.samples)) - {"le"}
+        yield family.name + ("_total" if family.type == "counter" else ""), (family.type, labels)
+
+
+METRICS = dict(metrics())
 SERIES = {
     f"{name}{suffix}": (kind, labels | ({"le"} if suffix == "_bucket" else set()))
     for name, (kind, labels) in METRICS.items()
     for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))
 }
-SERVE = {"--config", *(f"--{each.name.replace('_', '-')}" for each in fields(ServerConfig))}
+OPTIONS = {"--" + each.name.replace("_", "-"): kind_of(each) for each in fields(ServerConfig) if each.name != "model"}
 
 
 def read_yaml(name):
@@ -58,6 +62,10 @@ def dashboard():
 def queries():
     shown = [target for panel in dashboard()["panels"] for target in panel.get("targets", ())]
     return [(target["expr"], target["legendFormat"]) for target in shown]
+
+
+def alerts():
+    return [rule for group in read_yaml("alerts.yml")["groups"] for rule in group["rules"]]
 
 
 def instructions():
@@ -134,6 +142,36 @@ def test_what_only_grows_is_shown_as_a_rate_and_what_does_not_is_not(query):
         assert ("histogram_quantile" in query) == name.endswith("_bucket"), name
 
 
+@pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
+def test_an_alert_is_of_what_there_is(rule):
+    names = set(re.findall(r"\bpace_\w+", rule["expr"])) or {"up"}
+    assert names <= SERIES.keys() | {"up"}
+    labels = {"instance", "job"}.union(*(SERIES[name][1] for name in names if name != "up"))
+    used = set(re.findall(r"(\w+)=", rule["expr"])) | set(
+        re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])
+    )
+    assert used <= labels
+    for name in names - {"up"}:
+        rated = re.search(rf"\b(?:rate|increase)\({name}(?:{{[^}}]*}})?\[\d+m\]\)", rule["expr"]) is not None
+        assert rated == (SERIES[name][0] != "gauge"), name
+    outcomes = set(re.findall(r'outcome="(\w+)"', rule["expr"]))
+    assert outcomes <= {"ok", "rejected", "cancelled", "error"}
+
+
+def test_the_alerts_are_read_by_prometheus():
+    (name,) = read_yaml("prometheus.yml")["rule_files"]
+    volumes = read_yaml("docker-compose.yml")["services"]["prometheus"]["volumes"]
+    assert f"./{name}:/etc/prometheus/{name}:ro" in volumes
+
+
+def test_the_metrics_of_the_docs_are_those_of_the_server():
+    text = (DEPLOY.parent / "docs/InferenceServerMonitoring.md").read_text()
+    told = re.findall(r"^\| `(pace_\w+)`(?: \(([^)]*)\))? \|", text, flags=re.MULTILINE)
+    assert {name: set(re.findall(r"\w+", labels)) for name, labels in told} == {
+        name: labels for name, (_, labels) in METRICS.items()
+    }
+
+
 def test_every_metric_is_on_the_dashboard():
     shown = {name for query, _ in queries() for name in re.findall(r"\bpace_\w+", query)}
     assert {name for name in METRICS if not any(each.startswith(name) for each in shown)} == set()
@@ -167,17 +205,33 @@ def test_panels_have_ids_of_their_own_and_lie_beside_each_other():
 def test_pace_serve_is_given_options_that_it_has(where):
     words = serve_words(where)
     assert [Path(words[0]).name, words[1]] == ["pace", "serve"]
-    assert {word for word in words if word.startswith("--")} <= SERVE
     assert option(words, "--api-key-file")
     model = {"Dockerfile": 0, "docker-compose.yml": 1, "pace.service": 1}[where]  # a container's comes as an argument
-    values = {"--log-json": 0}
     given, rest = iter(words[2:]), []
     for word in given:
         if not word.startswith("--"):
             rest.append(word)
-        elif values.get(word, 1):
+        elif OPTIONS[word] is not bool:
             next(given)
     assert len([word for word in rest if not word.startswith("$PACE_OPTIONS")]) == model
+
+
+@pytest.mark.parametrize("where", ["Dockerfile", "docker-compose.yml", "pace.service"])
+def test_pace_serve_understands_what_it_is_given(where):
+    words = [word for word in serve_words(where)[2:] if word != "$PACE_OPTIONS"]
+    model = ["smollm2"] if where == "Dockerfile" else []
+    command = [sys.executable, "-m", "pace", "serve", *words, *model, "--print-config"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    config = yaml.safe_load(run.stdout)
+    assert (config["port"], config["engines"], config["log_json"]) == (8000, "auto", True)
+    assert config["api_key_file"] == option(words, "--api-key-file")
+    assert config["drain_seconds"] == 60
+
+
+def test_what_the_server_needs_is_installed():
+    assert any("[serve]" in text for name, text in instructions() if name == "RUN")
+    assert "[serve]'" in (DEPLOY / "pace.service").read_text()
 
 
 def test_requests_have_time_to_end():

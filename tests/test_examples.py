@@ -15,7 +15,7 @@ from tests.server.running import Server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-NOTEBOOK = EXAMPLES / "pace.ipynb"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 # What each script prints, whatever the rung.
 PRINTED = {
@@ -104,17 +104,36 @@ def test_the_snippets_of_a_page(smollm2, tmp_path, page):
     assert "Paris" in run(script, smollm2).stdout
 
 
-def test_the_notebook_is_kept_without_outputs():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(path):
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert cells
     assert not any(cell.outputs or cell.execution_count for cell in cells)
 
 
-def test_the_notebook(smollm2, monkeypatch):
+@pytest.fixture
+def ran(smollm2, monkeypatch):
+    """The code cells of a notebook that has run, by their ids."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(NOTEBOOK, 4)
-    NotebookClient(notebook, timeout=120).execute()  # raises for a cell that fails
-    cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+
+    def run_notebook(name):
+        notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
+        NotebookClient(notebook, timeout=120).execute()  # raises for a cell that fails
+        return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+
+    return run_notebook
+
+
+def test_the_notebook_of_a_server(ran):
+    cells = ran("server")
+    assert "Paris" in result_of(cells["chat"])
+    assert ast.literal_eval(result_of(cells["tools"]))[1].keys() == {"city", "unit"}
+    assert ast.literal_eval(result_of(cells["schema"])).keys() == {"city", "is_capital"}
+    assert [result_of(cells[name]) for name in ("many", "kill", "stop")] == ["True", "True", "0"]
+
+
+def test_the_notebook(ran):
+    cells = ran("pace")
     assert result_of(cells["generate"]).startswith("' Paris")
     weather = ast.literal_eval(result_of(cells["structured"]))
     assert isinstance(weather["rainy"], bool)

@@ -19,19 +19,19 @@ def serve(**options: Any) -> None:
     An option is taken from the command line, or else from the --config file. PACE_API_KEY adds a key.
     """
     try:
+        import yaml
+
+        from pace.server.front import serve as run
+    except ModuleNotFoundError as error:
+        raise ImportError(f"pace serve needs {error.name}: pip install 'pace[serve]'") from None
+    try:
         config = _config(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if options["print_config"]:
-        import yaml
-
         print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), end="")
-        return
-    try:
-        from pace.server.front import serve as run
-    except ModuleNotFoundError as error:
-        raise ImportError(f"pace serve needs {error.name}: pip install 'pace[serve]'") from None
-    run(config)
+    else:
+        run(config)
 
 
 def _config(options: Mapping[str, Any]) -> ServerConfig:

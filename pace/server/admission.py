@@ -17,7 +17,7 @@ class Admission:
         """APIError 429 where the queue is full, 503 where the server is about to end."""
         if self.closed:
             raise APIError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-        if self.waiting + requests > self.max_waiting:
+        if self.waiting and self.waiting + requests > self.max_waiting:
             raise self._full(f"{self.waiting} requests wait, and max_waiting is {self.max_waiting}")
         if self.waiting and self.waiting_tokens + tokens > self.max_waiting_tokens:
             raise self._full(

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -29,6 +29,9 @@ from .metrics import Metrics
 from .node import NodeSettings
 from .service import Service
 
+if TYPE_CHECKING:
+    from .tracing import Tracing
+
 logger = logging.getLogger("pace")
 
 CLOSING_SECONDS = 2  # for clients to take their leave: over TLS, one that reads nothing would keep the server for 30
@@ -39,20 +42,20 @@ def serve(config: ServerConfig) -> None:
     ValueError, OSError.
     """
     OperatorConfig.parse(config.ops)
-    groups = _places(config)
-    with _listening(config) as listener:
-        asyncio.run(_Front(config, groups, listener).run())
+    groups = places(config)
+    with _listening(config) as listener, asyncio.Runner(loop_factory=_event_loop) as runner:
+        runner.run(_Front(config, groups, listener).run())
 
 
-def _places(config: ServerConfig) -> list[list[Place | None]]:
+def places(config: ServerConfig) -> list[list[Place | None]]:
     """Of each engine, by node; and this process moves out of their way."""
     engines = None if config.engines == "auto" else int(config.engines)
     machine, mine = topology(), allowed()
     threads = config.threads or isa.asked_num_threads()
-    places = partition(machine, mine, engines, config.cores, threads)
+    found = partition(machine, mine, engines, config.cores, threads)
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, leftover(machine, mine, places))
-    return [list(group) for group in by_node(machine, places)]
+        os.sched_setaffinity(0, leftover(machine, mine, found))
+    return [list(group) for group in by_node(machine, found)]
 
 
 def _listening(config: ServerConfig) -> socket.socket:
@@ -71,6 +74,61 @@ def _listening(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def open_service(config: ServerConfig, groups: list[list[Place | None]]) -> Service:
+    """All that the routes need, in a running event loop; the engines begin with `fleet.start()`. ValueError, OSError,
+    ImportError for what is wrong with the configuration.
+    """
+    path = resolve(config.model)
+    with open_checkpoint(path) as checkpoint:
+        positions = int(checkpoint.config["max_position_embeddings"])
+    tokenizer = Tokenizer.load(path)
+    templates = tokenizer.chat_templates
+    format = override(
+        detect(templates.get("tool_use") or templates.get("default", "")), config.tool_parser, config.reasoning_parser
+    )
+    config.keys  # noqa: B018 (said now, if it can't be read)
+    tracing = None if config.otlp_endpoint is None else _tracing(config.otlp_endpoint)
+    admission = Admission(config.max_waiting, config.max_waiting_tokens)
+    fleet = Fleet(_settings(config, groups), groups, sticky=_caches_prefixes(config))
+    metrics = Metrics(fleet.engines, admission)
+    return Service(config, tokenizer, format, fleet, admission, metrics, positions, tracing)
+
+
+def _tracing(endpoint: str) -> "Tracing":
+    """What it needs is imported by those only who ask for it."""
+    try:
+        from .tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--otlp-endpoint needs {error.name}: pip install 'pace[otel]'") from None
+    return Tracing(endpoint)
+
+
+def _caches_prefixes(config: ServerConfig) -> bool:
+    given = config.prefix_caching
+    return config.cache in ("SLAB_POOL", "PAGED") if given is None else given
+
+
+def _settings(config: ServerConfig, groups: list[list[Place | None]]) -> NodeSettings:
+    engine: dict[str, Any] = {
+        "kv_cache_bytes": config.kv_cache_bytes,
+        "cache": config.cache,
+        "block_tokens": config.block_tokens,
+        "prefix_caching": _caches_prefixes(config),
+        **config.limits,
+    }
+    count = sum(map(len, groups))
+    return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, sys.stderr.isatty())
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed, as the extra `serve` has it where it can be."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:  # as on Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 class _Server(uvicorn.Server):
     """Signals are the front's to act on."""
 
@@ -84,8 +142,8 @@ class _Front:
         self._signals = 0
 
     async def run(self) -> None:
-        service = self._service()
-        _log_to(Handler(self.config.log_json, service.metrics.log_lines_lost.inc))
+        service = open_service(self.config, self.groups)
+        log_to(Handler(self.config.log_json, service.metrics.log_lines_lost.inc))
         server = self._server(service)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,41 +167,7 @@ class _Front:
             await serving
         finally:
             server.should_exit = server.force_exit = True
-            await service.fleet.close()
-
-    def _service(self) -> Service:
-        config = self.config
-        path = resolve(config.model)
-        with open_checkpoint(path) as checkpoint:
-            positions = int(checkpoint.config["max_position_embeddings"])
-        tokenizer = Tokenizer.load(path)
-        templates = tokenizer.chat_templates
-        format = override(
-            detect(templates.get("tool_use") or templates.get("default", "")),
-            config.tool_parser,
-            config.reasoning_parser,
-        )
-        config.keys  # noqa: B018 (said now, if it can't be read)
-        admission = Admission(config.max_waiting, config.max_waiting_tokens)
-        fleet = Fleet(self._settings(), self.groups, sticky=self._caches_prefixes)
-        return Service(config, tokenizer, format, fleet, admission, Metrics(fleet.engines, admission), positions)
-
-    @property
-    def _caches_prefixes(self) -> bool:
-        given = self.config.prefix_caching
-        return self.config.cache in ("SLAB_POOL", "PAGED") if given is None else given
-
-    def _settings(self) -> NodeSettings:
-        config = self.config
-        engine: dict[str, Any] = {
-            "kv_cache_bytes": config.kv_cache_bytes,
-            "cache": config.cache,
-            "block_tokens": config.block_tokens,
-            "prefix_caching": self._caches_prefixes,
-            **config.limits,
-        }
-        count = sum(map(len, self.groups))
-        return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, sys.stderr.isatty())
+            await service.close()
 
     def _server(self, service: Service) -> uvicorn.Server:
         config = self.config
@@ -192,9 +216,9 @@ class _Front:
         server.should_exit = True
 
 
-def _log_to(handler: logging.Handler) -> None:
+def log_to(handler: logging.Handler) -> None:
     """The server's own lines, and what its libraries warn of."""
-    for name, level in (("pace", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("pace", logging.INFO), ("uvicorn", logging.WARNING), ("opentelemetry", logging.WARNING)):
         named = logging.getLogger(name)
         named.handlers[:] = [handler]
         named.setLevel(level)

@@ -43,5 +43,7 @@ class _JSONLine(logging.Formatter):
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False)
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' "\n\r=') else text

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
@@ -22,6 +22,9 @@ from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, Time
 from .metrics import Metrics, RequestMeter
 from .protocol import Embed, Embedded, Generate, Progress, fields_of
 from .schemas import EmbeddingRequest, Sampled, field_of
+
+if TYPE_CHECKING:
+    from .tracing import Span, Tracing
 
 logger = logging.getLogger("pace.requests")
 
@@ -40,11 +43,17 @@ class Service:
     admission: Admission
     metrics: Metrics
     max_positions: int
+    tracing: "Tracing | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def ready(self) -> bool:
         return any(engine.up for engine in self.fleet.engines) and not self.admission.closed
+
+    async def close(self) -> None:
+        await self.fleet.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def check_model(self, model: str | None) -> None:
         """APIError 404 for a model that is not the one served."""
@@ -68,6 +77,8 @@ class Exchange:
     meter: RequestMeter
     ticket: Ticket
     figures: dict[str, Any] = field(default_factory=dict)
+    span: "Span | None" = None
+    _answers: dict[tuple[int, int], str] = field(default_factory=dict)  # by prompt and text, where they are logged
 
     async def generate(
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int, whole: bool
@@ -77,10 +88,7 @@ class Exchange:
             Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority)
             for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
-        self.count(prompt_tokens=sum(map(len, prompts)))
-        if self.service.config.log_prompts:
-            decode = self.service.tokenizer.decode
-            self.figures["prompts"] = [decode(prompt, skip_special_tokens=False) for prompt in prompts]
+        self._see_prompts(prompts)
         streams = [self._stream(i, wish, whole) for i, wish in enumerate(wishes)]
         async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as news:
             async for each in news:
@@ -92,8 +100,7 @@ class Exchange:
         try:
             async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
                 async for progress in news:
-                    if self.service.config.log_prompts:
-                        self._keep(number, progress)
+                    self._see_pieces(number, progress)
                     if progress.finished:
                         self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
                     yield number, progress
@@ -102,7 +109,7 @@ class Exchange:
             raise RequestRefused(str(error).replace("structured_outputs", form or "tools")) from None
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
-        self.count(prompt_tokens=sum(map(len, prompts)))
+        self._see_prompts(prompts)
         seconds, fields = (
             self.service.config.request_seconds,
             {"pooling": params.pooling, "normalize": params.normalize},
@@ -119,12 +126,19 @@ class Exchange:
             for task in tasks:
                 task.cancel()
 
-    def _keep(self, number: int, progress: Progress) -> None:
-        """For the log."""
-        answers = self.figures.setdefault("answers", {})
+    def _see_prompts(self, prompts: Sequence[list[int]]) -> None:
+        self.count(prompt_tokens=sum(map(len, prompts)))
+        if self.service.config.log_prompts:
+            decode = self.service.tokenizer.decode
+            self.figures["prompts"] = [decode(prompt, skip_special_tokens=False) for prompt in prompts]
+
+    def _see_pieces(self, number: int, progress: Progress) -> None:
         for piece in progress.pieces:
-            name = f"{number}.{piece.index}"
-            answers[name] = answers.get(name, "") + piece.text
+            if piece.finish_reason is not None:
+                self.figures.setdefault("finish_reasons", []).append(piece.finish_reason)
+            if self.service.config.log_prompts:
+                text = number, piece.index
+                self._answers[text] = self._answers.get(text, "") + piece.text
 
     def count(self, **tokens: int) -> None:
         for name, number in tokens.items():
@@ -142,6 +156,10 @@ class Exchange:
         written = figures.get("output_tokens", 0)
         if self.meter.first is not None and written > 1:
             metrics.per_output_token.observe((seconds - self.meter.first) / (written - 1))
+        if self.span is not None:
+            self.span.end(outcome, reason, figures, self.meter.first)
+        if self._answers:
+            figures["answers"] = [self._answers[text] for text in sorted(self._answers)]
         first = None if self.meter.first is None else round(self.meter.first, 4)
         line = {"request_id": self.request_id, "endpoint": self.endpoint, "outcome": outcome, "reason": reason}
         logger.info("request", extra={"figures": line | figures | {"first_token": first, "seconds": round(seconds, 4)}})
@@ -151,12 +169,24 @@ def begin(service: Service, endpoint: str, request: Request, body: Asked, texts:
     """size: of the prompts, in bytes of text. APIError where the queue is full, before anything is done."""
     if isinstance(body, Sampled) and body.request_id is not None:
         request.state.request_id = body.request_id
-    if texts > service.config.max_texts:
-        raise APIError(400, f"the request asks for {texts} texts; max_texts is {service.config.max_texts}", param="n")
-    ticket = service.admission.enter(texts, size // BYTES_PER_TOKEN + 1)
+    try:
+        ticket = _admitted(service, texts, size)
+    except APIError:
+        service.metrics.requests.labels(endpoint, "rejected").inc()
+        raise
     meter = RequestMeter(service.metrics, ticket.begun)
     figures = {name: getattr(body, name, None) for name in ("user", "metadata")}
-    return Exchange(service, endpoint, body, request.state.request_id, meter, ticket, figures)
+    exchange = Exchange(service, endpoint, body, request.state.request_id, meter, ticket, figures)
+    if service.tracing is not None:
+        name = service.config.name
+        exchange.span = service.tracing.begin(endpoint, exchange.request_id, name, request.headers, body)
+    return exchange
+
+
+def _admitted(service: Service, texts: int, size: int) -> Ticket:
+    if texts > service.config.max_texts:
+        raise APIError(400, f"the request asks for {texts} texts; max_texts is {service.config.max_texts}", param="n")
+    return service.admission.enter(texts, size // BYTES_PER_TOKEN + 1)
 
 
 def size_of(prompts: Sequence[Prompt]) -> int:

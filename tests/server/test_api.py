@@ -836,9 +836,7 @@ def test_the_id_of_a_request(server):
 def test_the_line_of_a_request(server):
     chat(server, max_tokens=2, ignore_eos=True, request_id="line-1", user="Ann Lee", metadata={"team": "blue"})
     line = next(line for line in server.text.splitlines() if "request_id=line-1" in line)
-    assert re.search(
-        r"endpoint=chat outcome=ok user=\"Ann Lee\" metadata=\"\{'team': 'blue'\}\" prompt_tokens=\d+", line
-    )
+    assert ' endpoint=chat outcome=ok user="Ann Lee" metadata={"team": "blue"} prompt_tokens=' in line
     assert re.search(r" output_tokens=2 cached_tokens=\d+ first_token=[\d.]+ seconds=[\d.]+$", line)
     server.post(COMPLETIONS, prompt="", request_id="line-2")
     assert re.search(r'request_id=line-2 .* outcome=rejected reason="the prompt is empty', server.text)
@@ -851,9 +849,8 @@ def test_prompts_and_answers_in_the_log(rich):
     said = complete(rich, prompt=["one", "two"], guided_choice=["yes"], max_tokens=9, request_id="logged")
     assert [choice["text"] for choice in said["choices"]] == ["yes", "yes"]
     line = next(line for line in rich.text.splitlines() if "request_id=logged" in line)
-    assert "prompts=\"['<s>one', '<s>two']\"" in line
-    assert "'0.0': 'yes'" in line
-    assert "'1.0': 'yes'" in line
+    assert 'prompts=["<s>one", "<s>two"]' in line
+    assert 'answers=["yes", "yes"]' in line
 
 
 def test_no_other_origin_may_ask_where_none_is_named(server):
@@ -938,7 +935,8 @@ def test_what_is_open_without_a_key(guarded):
 
 
 def test_a_full_queue(guarded):
-    response = guarded.post(COMPLETIONS, prompt="a", n=3, max_tokens=2)
+    with guarded.busy():
+        response = guarded.post(COMPLETIONS, prompt="a", n=2, max_tokens=2)
     refused(response, 429, "max_waiting is 2", type="rate_limit_error", code="queue_full")
     assert int(response.headers["retry-after"]) > 0
     assert guarded.post(COMPLETIONS, prompt="a", n=2, max_tokens=2).status_code == 200

@@ -47,6 +47,7 @@ def locked(tiny, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "locked.log"
     flags = ("--api-key", "open", "--max-waiting", 1, "--served-model-name", "tiny", "--kv-cache-bytes", "1M")
     with Server(tiny, *flags, "--engines", 1, log=log) as running:
+        running.client.headers["Authorization"] = "Bearer open"
         yield running
 
 
@@ -258,7 +259,8 @@ def test_openai_errors(asking, locked):
     assert "temperature is -1" in bad.message
     assert fails(openai.NotFoundError, model="other").code == "model_not_found"
     assert fails(openai.AuthenticationError, asking.client(locked, "wrong")).code == "invalid_api_key"
-    full = fails(openai.RateLimitError, n=2)
+    with locked.busy():
+        full = fails(openai.RateLimitError)
     assert (full.code, full.response.headers["Retry-After"]) == ("queue_full", "1")
     with pytest.raises(openai.BadRequestError):  # before there is a stream
         asking.all(client.chat.completions.create(model="tiny", messages=ASK, stream=True, top_p=0))
@@ -308,10 +310,11 @@ def test_litellm_errors(lite, locked):
         (litellm.BadRequestError, {"temperature": -1}),
         (litellm.NotFoundError, {"model": "openai/other"}),
         (litellm.AuthenticationError, {"api_key": "wrong"}),
-        (litellm.RateLimitError, {"n": 2}),
     ):
         with pytest.raises(kind):
             litellm.completion(**(tiny | wrong))
+    with locked.busy(), pytest.raises(litellm.RateLimitError):
+        litellm.completion(**tiny)
 
 
 # --- langchain ---
@@ -376,15 +379,16 @@ def test_langchain_embeds(smollm2):
 def test_langchain_errors(locked):
     from langchain_openai import ChatOpenAI
 
+    common = {"model": "tiny", "max_retries": 0} | settings(locked, "open")
     for kind, wrong in (
         (openai.BadRequestError, {"temperature": -1}),
         (openai.NotFoundError, {"model": "other"}),
         (openai.AuthenticationError, {"api_key": "wrong"}),
-        (openai.RateLimitError, {"n": 2}),
     ):
-        common = {"model": "tiny", "max_retries": 0} | settings(locked, "open")
         with pytest.raises(kind):
             ChatOpenAI(**(common | wrong)).invoke("Hi")
+    with locked.busy(), pytest.raises(openai.RateLimitError):
+        ChatOpenAI(**common).invoke("Hi")
 
 
 # --- openai for JavaScript ---
