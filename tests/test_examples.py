@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.server.running import Server
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -26,11 +28,21 @@ PRINTED = {
     ),
     "async_engine": r"3 requests: \{('cancelled': 1, 'length': 2|'length': 2, 'cancelled': 1)\}\n$",
 }
+# Those that ask a server.
+ASKING = {
+    "openai_client": (
+        r"answer: .*Paris.*\nstream: .*Paris.*\n\d+ tokens read, \d+ written\n"
+        r"schema: name='(Paris|Rome|Madrid)' large=(True|False)\nchoice: (Paris|Lyon)\nembeddings: \[576, 576\]\n$"
+    ),
+    "server_tools": (
+        r'^weather\(\{"city": "\w+", "unit": "\w+"\}\) -> \{\'city\': .*\'degrees\': (21|70)\}\nassistant: .'
+    ),
+}
 
 
-def run(script, model):
+def run(script, argument):
     run = subprocess.run(
-        [sys.executable, script, model],
+        [sys.executable, script, argument],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
@@ -48,7 +60,7 @@ def printed(smollm2):
 
 
 def test_all_scripts_are_known():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys()
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys() | ASKING.keys()
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -64,9 +76,23 @@ def test_a_script(printed, name):
         assert "100%" in shown.stderr  # the bar
 
 
+@pytest.fixture(scope="module")
+def url(smollm2, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with Server(smollm2, "--engines", 1, "--kv-cache-bytes", "256M", log=log) as server:
+        yield f"{server.url}/v1"
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_script_that_asks_a_server(url, name):
+    shown = run(EXAMPLES / f"{name}.py", url).stdout
+    assert re.search(ASKING[name], shown), shown
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_a_script_says_how_to_run_it(path):
-    assert f"python examples/{path.name} [MODEL]" in ast.get_docstring(ast.parse(path.read_text()))
+    argument = "URL" if path.stem in ASKING else "MODEL"
+    assert f"python examples/{path.name} [{argument}]" in ast.get_docstring(ast.parse(path.read_text()))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/LLM.md"])

@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +16,7 @@ from .sizes import as_bytes
 def serve(**options: Any) -> None:
     """Answer over HTTP, as OpenAI's API does.
 
-    An option is taken from the command line, or else from the --config file. PACE_API_KEY holds a key as well.
+    An option is taken from the command line, or else from the --config file. PACE_API_KEY adds a key.
     """
     try:
         import yaml
@@ -37,10 +37,10 @@ def serve(**options: Any) -> None:
 def _config(options: Mapping[str, Any]) -> ServerConfig:
     values = read_config(options["config"]) if options["config"] else {}
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    if key := os.environ.get("PACE_API_KEY"):
-        values["api_key"] = key
     given = {name: value for name, value in options.items() if name not in ("config", "print_config")}
-    return ServerConfig.of(values | {name: value for name, value in given.items() if value not in (None, [])})
+    config = ServerConfig.of(values | {name: value for name, value in given.items() if value not in (None, [])})
+    key = os.environ.get("PACE_API_KEY")
+    return replace(config, api_key=(*config.api_key, key)) if key else config
 
 
 def _option(each: "Field[Any]") -> inspect.Parameter:

@@ -1,5 +1,7 @@
 """The routes. Each is also there without /v1, as llama-server's clients ask for it."""
 
+import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from .completions import complete
 from .embeddings import embed
 from .errors import APIError
 from .guard import Guard
-from .schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from .schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest, field_of
 from .service import Service, as_api_errors
 
 
@@ -83,16 +85,20 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """The tokens of a text, or of a chat as the model's template writes it."""
         service.check_model(body.model)
         with as_api_errors():
-            special = next((each for each in (body.add_special_tokens, body.add_special) if each is not None), True)
             if body.messages is None:
                 text = body.prompt if body.prompt is not None else body.content or ""
             else:
-                use, special = tool_use(body.tools), False
+                use = tool_use(body.tools)
                 text = render(service, body.messages, use, add_generation_prompt=body.add_generation_prompt)
-            tokens = tokenizer.encode(text, special)
-        found = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_positions}
+            tokens = tokenizer.encode(text, body.special)
+        pieces = [tokenizer.piece(token) for token in tokens]
+        found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_positions}
+        if body.with_pieces:
+            found["tokens"] = [
+                {"id": token, "piece": _shown(piece)} for token, piece in zip(tokens, pieces, strict=True)
+            ]
         if body.return_token_strs:
-            found["token_strs"] = [tokenizer.piece(token).decode(errors="replace") for token in tokens]
+            found["token_strs"] = [piece.decode(errors="replace") for piece in pieces]
         return JSON(found)
 
     @app.post("/detokenize", responses=_ERRORS, tags=["Tokens"])
@@ -103,6 +109,14 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return JSON({"prompt": text, "content": text})
 
 
+def _shown(piece: bytes) -> str | list[int]:
+    """As llama-server shows it: text, or bytes where it is none."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
 def _add_states(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["OpenAI"])
     @app.get("/models", include_in_schema=False)
@@ -111,6 +125,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
         return JSON({"object": "list", "data": [_model(service)]})
 
     @app.get("/v1/models/{name:path}", responses=_ERRORS, tags=["OpenAI"])
+    @app.get("/models/{name:path}", include_in_schema=False)
     async def model(name: str) -> Response:
         service.check_model(name)
         return JSON(_model(service))
@@ -173,25 +188,41 @@ def _model(service: Service) -> dict[str, Any]:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, APIError):
-        text = f"there is no {request.url.path} here" if error.status_code == 404 else str(error.detail)
+        text = {
+            400: "the body is not JSON",
+            404: f"there is no {request.url.path} here",
+            405: f"{request.url.path} does not take {request.method}",
+        }.get(error.status_code, str(error.detail))
         error = APIError(error.status_code, text, headers=error.headers)
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    message = "the body is not JSON" if first["type"] == "json_invalid" else first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = f"{where[-1]} is no field that is known here: leave it out"
-        where = where[-1:]
-    elif where:
-        message = f"{'.'.join(where)}: {message}"
-    problem = APIError(400, message, param=where[0] if where else None)
+    found = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union, the member that fitted best
+    message, param = _told(found)
+    problem = APIError(400, message, param=param)
     return JSONResponse(problem.body, 400)
+
+
+def _told(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What is wrong, and the field."""
+    where = [str(part) for part in error["loc"][1:]]
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "json_invalid":
+        return "the body is not JSON", None
+    if error["type"] == "extra_forbidden":
+        return f"{where[-1]} is no field that is known here: leave it out", where[-1]
+    if not where and error["type"] != "value_error":
+        return "the body must be a JSON object, with Content-Type: application/json", None
+    if not where:
+        return message, field_of(message)
+    return f"{'.'.join(part for part in where if not _TYPE.fullmatch(part))}: {message}", where[0]
+
+
+_TYPE = re.compile(r"str|int|constrained-\w+|[\w-]+\[.*\]")  # the member of a union, in a place that pydantic names
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     problem = APIError(500, f"{type(error).__name__}: see the server's log, request {request.state.request_id}")
-    return JSONResponse(problem.body, 500)
+    return JSONResponse(problem.body, 500, {"X-Request-ID": request.state.request_id})

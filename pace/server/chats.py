@@ -136,7 +136,11 @@ class _Chat:
         body, known = self.body, template_variables(self.service)
         given = dict(body.chat_template_kwargs or {})
         if unknown := given.keys() - known:
-            raise APIError(400, f"the model's chat template does not know {', '.join(sorted(unknown))}")
+            message = f"the model's chat template does not know {', '.join(sorted(unknown))}"
+            raise APIError(400, message, param="chat_template_kwargs")
+        if own := given.keys() & {"messages", "tools"}:
+            message = f"{', '.join(sorted(own))} can't be given in chat_template_kwargs: they are fields of the request"
+            raise APIError(400, message, param="chat_template_kwargs")
         if body.documents is not None:
             if "documents" not in known:
                 raise APIError(400, "the model's chat template does not know documents", param="documents")
@@ -217,7 +221,7 @@ def _written(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def render(service: Service, messages: list[Message], use: ToolUse, **arguments: Any) -> str:
+def render(service: Service, messages: list[Message], use: ToolUse, /, **arguments: Any) -> str:
     """The text of a chat. ValueError where the template refuses it."""
     for message in messages:
         if isinstance(message.content, list) and any(part.type == "image_url" for part in message.content):

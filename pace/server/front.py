@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pace")
 
+CLOSING_SECONDS = 2  # for clients to take their leave: over TLS, one that reads nothing would keep the server for 30
+
 
 def serve(config: ServerConfig) -> None:
     """Until a signal. What is wrong with the configuration, the model or the port is raised before there is an engine:
@@ -159,6 +161,9 @@ class _Front:
             starting.cancel()
             if not serving.done():
                 await self._drain(service, server)
+            await asyncio.wait({serving}, timeout=CLOSING_SECONDS)
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()
             await serving
         finally:
             server.should_exit = server.force_exit = True

@@ -39,11 +39,12 @@ class Guard:
         request_id = headers.get("x-request-id", "")
         if not _ID.fullmatch(request_id):
             request_id = secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id  # a body may bring another
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
             await send(message)
 
         try:
@@ -61,9 +62,9 @@ class Guard:
         if not self._keys or path in OPEN:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
-        given = _digest(_password(value) if kind.lower() == "basic" else value.strip())
+        given = _digest({"bearer": value.strip(), "basic": _password(value)}.get(kind.lower(), ""))
         # Every key is compared, and in constant time, so that the time taken says nothing.
-        if sum(hmac.compare_digest(given, key) for key in self._keys) == 0 or not value:
+        if sum(hmac.compare_digest(given, key) for key in self._keys) == 0:
             raise APIError(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _check_length(self, size: int) -> None:

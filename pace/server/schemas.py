@@ -11,29 +11,37 @@ from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
 INT64 = 2**63 - 1
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+DEPTH = 100  # of what is in one field
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Integer = Annotated[int, Field(ge=-INT64 - 1, le=INT64, strict=True)]
+Integer = Annotated[int, Field(ge=-INT64 - 1, le=INT64)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_unicode(cls, value: Any) -> Any:
-        if not _is_unicode(value):
-            raise ValueError("a text in it is not Unicode: half of a surrogate pair")
+    def _can_be_passed_on(cls, value: Any) -> Any:
+        _check(value)
         return value
 
 
-def _is_unicode(value: Any) -> bool:
+def _check(value: Any, depth: int = 0) -> None:
+    """ValueError for what JSON can say, and what comes after it can't."""
     if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
-    if isinstance(value, dict):
-        return all(_is_unicode(item) for pair in value.items() for item in pair)
-    return not isinstance(value, list) or all(map(_is_unicode, value))
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("a text in it is not Unicode: half of a surrogate pair")
+    elif depth == DEPTH:
+        raise ValueError(f"it is nested more than {DEPTH} deep")
+    elif isinstance(value, dict):
+        for pair in value.items():
+            for item in pair:
+                _check(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, depth + 1)
 
 
 class StreamOptions(Schema):
@@ -85,7 +93,7 @@ class Sampled(Schema):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = 1
+    n: Annotated[int, Field(ge=1, le=INT64)] | None = 1
     seed: Integer | None = None
     stop: str | list[str] | None = None
     temperature: Number | None = None
@@ -96,22 +104,22 @@ class Sampled(Schema):
     user: str | None = None
     """Kept in the log line."""
     # --- as vLLM has them ---
-    best_of: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=INT64)] | None = None
     top_k: Integer | None = None
     min_p: Number | None = None
     typical_p: Number | None = None
     repetition_penalty: Number | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=INT64, strict=True)] | None = 0
+    min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = 0
     stop_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: Literal[True] = True
-    prompt_logprobs: Annotated[int, Field(ge=0, le=100, strict=True)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
     return_token_ids: bool | None = False
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True)] = 0
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
     request_id: Annotated[str, Field(max_length=128, pattern=r"^[!-~]+$")] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -130,17 +138,25 @@ class Sampled(Schema):
 
     def structured(self) -> StructuredOutputsParams | None:
         """What the text must be. ValueError where that is said twice."""
+        given = self._forms()
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} can't both be followed: give one")
+        return next(iter(given.values()), None)
+
+    @property
+    def form(self) -> str | None:
+        """The field that says what the text must be."""
+        return next(iter(self._forms()), None)
+
+    def _forms(self) -> dict[str, StructuredOutputsParams]:
         named: dict[str, StructuredOutputsParams | None] = {
             "response_format": self.response_format.params() if self.response_format else None,
             "structured_outputs": self.structured_outputs.params() if self.structured_outputs else None,
         }
         for name in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{name}")
-            named[f"guided_{name}"] = None if value is None else StructuredOutputsParams(**{name: value})
-        given = {name: params for name, params in named.items() if params is not None}
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} can't both be followed: give one")
-        return next(iter(given.values()), None)
+            named[f"guided_{name}"] = None if value is None else _guided(name, value)
+        return {name: params for name, params in named.items() if params is not None}
 
     def sampling(self, **changes: Any) -> SamplingParams:
         """ValueError for what can't be sampled by."""
@@ -169,6 +185,13 @@ class Sampled(Schema):
         return SamplingParams(**(fields | {name: getattr(self, name) for name in same} | changes))
 
 
+def _guided(name: str, value: Any) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams(**{name: value})
+    except ValueError as error:
+        raise ValueError(f"guided_{error}") from None  # which begins with the name
+
+
 def _token_of(key: str) -> int:
     if not key.isdecimal() or len(key) > 9:
         raise ValueError(f"logit_bias has {key[:20]!r}; its keys must be token ids")
@@ -177,8 +200,8 @@ def _token_of(key: str) -> int:
 
 class CompletionRequest(Sampled):
     prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=0, le=INT64, strict=True)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=20, strict=True)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = False
     suffix: None = None
     """Not served: the models here do not fill in."""
@@ -202,6 +225,8 @@ class CompletionRequest(Sampled):
 class FunctionCall(Schema):
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True)
+    """What openai's client made of the arguments; it sends that back."""
 
 
 class ToolCallMessage(Schema):
@@ -217,6 +242,12 @@ class ContentPart(Schema):
     refusal: str | None = None
     image_url: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _holds_its_type(self) -> "ContentPart":
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of type {self.type} needs {self.type}")
+        return self
+
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -230,6 +261,8 @@ class Message(Schema):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
+    parsed: Any = Field(None, exclude=True)
+    """What openai's client made of the content; it sends that back."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Message":
@@ -240,10 +273,10 @@ class Message(Schema):
 
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20, strict=True)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
@@ -281,7 +314,7 @@ class EmbeddingRequest(Schema):
     user: str | None = None
     pooling: Literal["last", "mean"] = "last"
     normalize: bool = True
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True)] = 0
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -299,9 +332,11 @@ class TokenizeRequest(Schema):
     messages: list[Message] | None = Field(None, min_length=1)
     tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
+    """For a prompt they are, unless this says otherwise; for `content` and chats, which bring their own, not."""
     add_special: bool | None = None
+    parse_special: Literal[True] = True
     add_generation_prompt: bool = True
-    with_pieces: Literal[False] = False
+    with_pieces: bool = False
     return_token_strs: bool | None = False
 
     @model_validator(mode="after")
@@ -310,7 +345,21 @@ class TokenizeRequest(Schema):
             raise ValueError("give one of prompt, content and messages")
         return self
 
+    @property
+    def special(self) -> bool:
+        said = self.add_special if self.add_special_tokens is None else self.add_special_tokens
+        return self.prompt is not None if said is None else said
+
 
 class DetokenizeRequest(Schema):
     model: str | None = None
     tokens: list[TokenId]
+
+
+_FIELDS = CompletionRequest.model_fields.keys() | ChatRequest.model_fields.keys()
+
+
+def field_of(message: str) -> str | None:
+    """The field that an error speaks of: most messages begin with its name."""
+    word = message.partition(" ")[0]
+    return word if word in _FIELDS else None

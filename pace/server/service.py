@@ -21,7 +21,7 @@ from .errors import APIError
 from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, TimedOut
 from .metrics import Metrics, RequestMeter
 from .protocol import Embed, Embedded, Generate, Progress, fields_of
-from .schemas import EmbeddingRequest, Sampled
+from .schemas import EmbeddingRequest, Sampled, field_of
 
 if TYPE_CHECKING:
     from .tracing import Span, Tracing
@@ -72,6 +72,7 @@ class Exchange:
 
     service: Service
     endpoint: str
+    body: Asked
     request_id: str
     meter: RequestMeter
     ticket: Ticket
@@ -96,12 +97,16 @@ class Exchange:
     async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         """A seed for the n-th text is the engine's to spread; a prompt's own is what it was given."""
         seconds = self.service.config.request_seconds
-        async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
-            async for progress in news:
-                self._see_pieces(number, progress)
-                if progress.finished:
-                    self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
-                yield number, progress
+        try:
+            async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
+                async for progress in news:
+                    self._see_pieces(number, progress)
+                    if progress.finished:
+                        self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
+                    yield number, progress
+        except RequestRefused as error:
+            form = isinstance(self.body, Sampled) and self.body.form  # as the client calls it
+            raise RequestRefused(str(error).replace("structured_outputs", form or "tools")) from None
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
         self._see_prompts(prompts)
@@ -162,13 +167,16 @@ class Exchange:
 
 def begin(service: Service, endpoint: str, request: Request, body: Asked, texts: int, size: int) -> Exchange:
     """size: of the prompts, in bytes of text. APIError where the queue is full, before anything is done."""
+    if isinstance(body, Sampled) and body.request_id is not None:
+        request.state.request_id = body.request_id
     try:
         ticket = _admitted(service, texts, size)
     except APIError:
         service.metrics.requests.labels(endpoint, "rejected").inc()
         raise
     meter = RequestMeter(service.metrics, ticket.begun)
-    exchange = Exchange(service, endpoint, request.state.request_id, meter, ticket)
+    figures = {name: getattr(body, name, None) for name in ("user", "metadata")}
+    exchange = Exchange(service, endpoint, body, request.state.request_id, meter, ticket, figures)
     if service.tracing is not None:
         name = service.config.name
         exchange.span = service.tracing.begin(endpoint, exchange.request_id, name, request.headers, body)
@@ -190,8 +198,6 @@ def as_api_errors() -> Iterator[None]:
     """What engines and parameters say, as a status."""
     try:
         yield
-    except RequestRefused as error:
-        raise APIError(400, str(error)) from None
     except EngineBusy as error:
         raise APIError(429, str(error), code="queue_full", retry_after=1) from None
     except NoEngine as error:
@@ -201,7 +207,7 @@ def as_api_errors() -> Iterator[None]:
     except TimedOut as error:
         raise APIError(504, str(error), code="timeout") from None
     except ValueError as error:
-        raise APIError(400, str(error)) from None
+        raise APIError(400, str(error), param=field_of(str(error))) from None
 
 
 async def together(streams: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[Any]:

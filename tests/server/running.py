@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -54,6 +56,23 @@ class Server:
     def engine(self, index=0):
         """The process of an engine, by the log."""
         return int(re.findall(rf"engine {index} is up, process (\d+)", self.text)[-1])
+
+    @contextmanager
+    def busy(self):
+        """Meanwhile a request waits for its first token: the engines are halted."""
+        engines = [int(pid) for pid in re.findall(r"engine \d+ is up, process (\d+)", self.text)]
+        for pid in engines:
+            os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                waits = pool.submit(self.post, "/v1/completions", prompt="a", max_tokens=1)
+                while "pace_requests_waiting 1.0" not in self.client.get("/metrics").text:
+                    time.sleep(0.01)
+                yield
+            finally:
+                for pid in engines:
+                    os.kill(pid, signal.SIGCONT)
+            assert waits.result().status_code == 200
 
     def post(self, path, **body):
         return self.client.post(path, json=body)

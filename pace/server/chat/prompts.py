@@ -40,7 +40,7 @@ def prompt_messages(
 def _plain(message: Mapping[str, Any], format: Format) -> Message:
     """Without what is not said, and the content as one text: templates ask for no more."""
     plain = {key: value for key, value in message.items() if value is not None and (key != "tool_calls" or value)}
-    plain["content"] = content = _text(message.get("content"))
+    plain["content"] = content = _text(message.get("content")) or plain.pop("refusal", "")
     if plain["role"] == "developer" and not format.in_channels:
         plain["role"] = "system"
     if reasoning := plain.pop("reasoning", None) or plain.get("reasoning_content"):
@@ -54,9 +54,9 @@ def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     for part in content:
-        if part.get("type") != "text":
+        if part.get("type") not in ("text", "refusal"):
             raise ValueError(f"a message has a part of type {part.get('type')!r}; only text is understood")
-    return "\n".join(part["text"] for part in content)
+    return "\n".join(part[part["type"]] for part in content)
 
 
 def _with_objects(message: Message) -> Message:
