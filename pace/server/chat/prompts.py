@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from string import Template
 from typing import Any
 
@@ -88,18 +89,22 @@ def _arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _one_call_a_message(chat: Sequence[Message]) -> list[Message]:
-    """Each call in a message of its own, its result behind it."""
-    results = {message.get("tool_call_id"): message for message in chat if message["role"] == "tool"}
-    parted: list[Message] = []
-    for message in chat:
-        calls = message.get("tool_calls", [])
+    """Each call in a message of its own, its result behind it: of those that come next, since ids may come again."""
+    parted, left = list[Message](), list(chat)
+    while left:
+        message = left.pop(0)
+        if len(calls := message.get("tool_calls", [])) < 2:
+            parted.append(message)
+            continue
+        results = list(takewhile(lambda each: each["role"] == "tool", left))
+        del left[: len(results)]
         for call in calls:
             parted.append(message | {"tool_calls": [call]})
             message = {"role": "assistant", "content": ""}  # what else was said is said once
-            if len(calls) > 1 and call.get("id") in results:
-                parted.append(results.pop(call["id"]))
-        if not calls and (message["role"] != "tool" or message in results.values()):
-            parted.append(message)
+            mine = (i for i, each in enumerate(results) if each.get("tool_call_id") == call.get("id"))
+            if (found := next(mine, None)) is not None:
+                parted.append(results.pop(found))
+        parted += results
     return parted
 
 
