@@ -628,6 +628,16 @@ def test_a_form_leaves_no_room_for_thinking(rich):
         (HI, {"add_generation_prompt": False}, SAID),
         (HI, {"continue_final_message": True}, "<s>user: hi"),
         ([*HI, {"role": "assistant", "content": "So "}], {"continue_final_message": True}, f"{SAID}<s>assistant: So"),
+        (
+            [*HI, {"role": "assistant", "content": ")", "reasoning_content": "hm"}],
+            {"continue_final_message": True},
+            f"{SAID}<s>assistant: )",
+        ),
+        (
+            [*HI, {"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "text", "text": "it"}]}],
+            {"continue_final_message": True},
+            f"{SAID}<s>assistant: So\nit",
+        ),
         (HI, {"reasoning_effort": "low"}, f"{SAID}<s>assistant: <think>\n"),
         (HI, {"reasoning_effort": "none"}, f"{SAID}<s>assistant: <think>\n\n</think>\n\n"),
         (HI, THINKING, f"{SAID}<s>assistant: <think>\n"),

@@ -41,7 +41,7 @@ def prompt_messages(
 def _plain(message: Mapping[str, Any], format: Format) -> Message:
     """Without what is not said, and the content as one text: templates ask for no more."""
     plain = {key: value for key, value in message.items() if value is not None and (key != "tool_calls" or value)}
-    plain["content"] = content = _text(message.get("content")) or plain.pop("refusal", "")
+    plain["content"] = content = text_of(message.get("content")) or plain.pop("refusal", "")
     if plain["role"] == "developer" and not format.in_channels:
         plain["role"] = "system"
     if reasoning := plain.pop("reasoning", None) or plain.get("reasoning_content"):
@@ -51,7 +51,8 @@ def _plain(message: Mapping[str, Any], format: Format) -> Message:
     return plain
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
+    """A message's content, which may come in parts. ValueError for a part that is no text."""
     if content is None or isinstance(content, str):
         return content or ""
     for part in content:
