@@ -111,14 +111,14 @@ class ServerConfig:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From a configuration file and flags; names with - or _. ValueError for a name that is nobody's."""
         known = {each.name for each in fields(cls)}
-        named = {name.replace("-", "_"): value for name, value in values.items()}
+        named = {str(name).replace("-", "_"): value for name, value in values.items()}
         if unknown := named.keys() - known:
             raise ValueError(f"{', '.join(sorted(unknown))} is no option; they are {', '.join(sorted(known))}")
         if "engines" in named:
             named["engines"] = str(named["engines"])
         for name in ("api_key", "cors_origin"):
-            if name in named:
-                named[name] = (named[name],) if isinstance(named[name], str) else tuple(named[name])
+            if isinstance(given := named.get(name), str | list):
+                named[name] = (given,) if isinstance(given, str) else tuple(given)
         if isinstance(named.get("ops"), Mapping):
             import json
 
@@ -161,7 +161,7 @@ def _check_type(each: "Field[Any]", value: Any) -> None:
     if value is None and isinstance(each.type, UnionType):
         return
     if kind is tuple:
-        if not all(isinstance(item, str) and item for item in value):
+        if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
             raise ValueError(f"{each.name} is {value!r}; it must be texts that are not empty")
     elif not isinstance(value, (int, float) if kind is float else kind) or (
         kind is not bool and isinstance(value, bool)

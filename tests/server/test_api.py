@@ -21,7 +21,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from pace.server.app import create_app
-from pace.server.config import ServerConfig
+from pace.server.config import ServerConfig, read_config
+from pace.server.log import Handler
+from pace.server.metrics import Metrics, RequestMeter
 from pace.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from tests.engine.fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, write_model
 from tests.test_deploy import METRICS
@@ -1019,3 +1021,10 @@ def test_the_configuration_is_printed_without_keys(guarded, tmp_path):
     assert shown["cors_origin"] == ["https://page.example"]
     (tmp_path / "again.yaml").write_text(printed)
     assert print_config("--config", tmp_path / "again.yaml") == printed
+@pytest.mark.parametrize("line", ["api-key:", "api-key: 5", "cors-origin: {a: b}", "1: 2"])
+def test_a_configuration_that_can_not_be(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(f"model: m\n{line}\n")
+    with pytest.raises(ValueError, match=r"is None; it must|is 5; it must|it must be texts|1 is no option"):
+        ServerConfig.of(read_config(str(tmp_path / "c.yaml")))
+
+
