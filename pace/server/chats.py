@@ -13,7 +13,7 @@ from pace.engine.request import Logprob
 from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
-from .answers import Counts, answer, check_end, with_errors
+from .answers import Counts, answer, check_end, prompt_logprobs, with_errors
 from .chat.parser import Delta, Parser
 from .chat.prompts import prompt_messages, text_of
 from .chat.tool_calls import ToolCall
@@ -44,10 +44,7 @@ class _Chat:
         choices.sort(key=lambda choice: choice["index"])
         body = self._body("chat.completion", choices) | {"usage": self.counts.usage()}
         if self.body.prompt_logprobs is not None:
-            body["prompt_logprobs"] = [
-                None if row is None else {str(token): value._asdict() for token, value in row.items()}
-                for row in progress.prompt_logprobs or ()
-            ]
+            body["prompt_logprobs"] = prompt_logprobs(progress)
         if self.body.return_token_ids:
             body["prompt_token_ids"] = self.prompt
         return body
@@ -60,7 +57,8 @@ class _Chat:
             for piece in progress.pieces:
                 if (writer := writers.get(piece.index)) is None:
                     writer = writers[piece.index] = _Writer(self)
-                    yield self._event(piece.index, {"role": "assistant", "content": ""}, wants_usage)
+                    first = self._event(piece.index, {"role": "assistant", "content": ""}, wants_usage)
+                    yield first | ({"prompt_token_ids": self.prompt} if self.body.return_token_ids else {})
                 for delta, extra in writer.deltas(piece):
                     yield self._event(piece.index, delta, wants_usage, **extra)
         if wants_usage:

@@ -337,6 +337,15 @@ def test_an_unknown_field_within_a_field_is_named(server):
         (COMPLETIONS, {"prompt": "a", "request_id": "two words"}, "request_id: ", "request_id"),
         (COMPLETIONS, {"prompt": "\ud800"}, "not Unicode", "prompt"),
         (CHAT, {"messages": []}, "messages: ", "messages"),
+        (COMPLETIONS, {"prompt": "a", "stream": True, "prompt_logprobs": 1}, "is not streamed", "prompt_logprobs"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "goes with include_usage",
+            "stream_options",
+        ),
+        (COMPLETIONS, {"prompt": "a", "user": "u" * 513}, "user: ", "user"),
+        (CHAT, {"messages": HI, "metadata": {str(i): "" for i in range(17)}}, "metadata: ", "metadata"),
         (CHAT, {"messages": [{"role": "user"}]}, "needs content", "messages"),
         (CHAT, {"messages": [{"role": "boss", "content": "a"}]}, "messages.0.role: ", "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs text", "messages"),
@@ -468,6 +477,29 @@ def test_a_streamed_completion_is_the_whole_one(server, body):
 def test_usage_with_each_event(server):
     options = {"include_usage": True, "continuous_usage_stats": True}
     found = events(server, COMPLETIONS, prompt="abc", max_tokens=6, ignore_eos=True, stream_options=options)
+def test_a_stream_gives_the_tokens_of_its_prompt_once(rich):
+    asked = {"max_tokens": 6, "ignore_eos": True, "return_token_ids": True, "n": 2}
+    found = events(rich, COMPLETIONS, prompt="abc", **asked)
+    given = [choice["prompt_token_ids"] for event in found for choice in event["choices"] if len(choice) > 6]
+    assert given == [[BOS, *byte_tokens("abc")]] * 2
+    found = events(rich, CHAT, messages=HI, **asked)
+    given = [event["prompt_token_ids"] for event in found if "prompt_token_ids" in event]
+    assert given == [chat(rich, **asked)["prompt_token_ids"]] * 2
+
+
+def test_an_echo_of_what_is_not_cut_is_as_it_was_given(rich):
+    for last, echoed in ((1000, "abc"), (2, "bc")):
+        answer = complete(rich, prompt="abc", max_tokens=0, echo=True, truncate_prompt_tokens=last)
+        assert answer["choices"][0]["text"] == echoed
+
+
+def test_two_fields_ask_for_log_probabilities_of_a_prompt(server):
+    asked = {"prompt": "abc", "max_tokens": 0, "echo": True, "prompt_logprobs": 5, "logprobs": 1}
+    (choice,) = complete(server, **asked)["choices"]
+    assert all(len(row) >= 5 for row in choice["prompt_logprobs"][1:])
+    assert all(len(row) <= 2 for row in choice["logprobs"]["top_logprobs"][1:])
+
+
     counts = [event["usage"]["completion_tokens"] for event in found]
     assert counts == sorted(counts)
     assert counts[-1] == 6
@@ -959,7 +991,7 @@ def test_a_body_that_is_too_large(guarded):
     sent = {"headers": {"Content-Type": "application/json"}}
     for content in (body, iter([body[:1500], body[1500:]])):  # with Content-Length, and in chunks
         refused(guarded.client.post(COMPLETIONS, content=content, **sent), 413, "larger than 2000 bytes")
-    fits = json.dumps({"prompt": "a" * 300, "max_tokens": 1, "user": "u" * 1000}).encode()
+    fits = json.dumps({"prompt": "a" * 300, "max_tokens": 1, "stop": "s" * 1000}).encode()
     for content in (fits, iter([fits[:700], fits[700:]])):
         assert guarded.client.post(COMPLETIONS, content=content, **sent).status_code == 200
 
