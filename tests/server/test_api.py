@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import ssl
@@ -20,11 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from pace.server.admission import Admission
 from pace.server.app import create_app
 from pace.server.config import ServerConfig, read_config
 from pace.server.log import Handler
 from pace.server.metrics import Metrics, RequestMeter
 from pace.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+from pace.server.service import Exchange
 from tests.engine.fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, write_model
 from tests.test_deploy import METRICS
 
@@ -334,9 +337,6 @@ def test_an_unknown_field_within_a_field_is_named(server):
         (COMPLETIONS, {"prompt": "a", "guided_regex": "a", "guided_choice": ["a"]}, "give one", "guided_regex"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options goes with stream", "stream_options"),
         (COMPLETIONS, {"prompt": "a", "echo": True, "stream": True, "logprobs": 1}, "echo with logprobs", "echo"),
-        (COMPLETIONS, {"prompt": "a", "request_id": "two words"}, "request_id: ", "request_id"),
-        (COMPLETIONS, {"prompt": "\ud800"}, "not Unicode", "prompt"),
-        (CHAT, {"messages": []}, "messages: ", "messages"),
         (COMPLETIONS, {"prompt": "a", "stream": True, "prompt_logprobs": 1}, "is not streamed", "prompt_logprobs"),
         (
             COMPLETIONS,
@@ -346,6 +346,9 @@ def test_an_unknown_field_within_a_field_is_named(server):
         ),
         (COMPLETIONS, {"prompt": "a", "user": "u" * 513}, "user: ", "user"),
         (CHAT, {"messages": HI, "metadata": {str(i): "" for i in range(17)}}, "metadata: ", "metadata"),
+        (COMPLETIONS, {"prompt": "a", "request_id": "two words"}, "request_id: ", "request_id"),
+        (COMPLETIONS, {"prompt": "\ud800"}, "not Unicode", "prompt"),
+        (CHAT, {"messages": []}, "messages: ", "messages"),
         (CHAT, {"messages": [{"role": "user"}]}, "needs content", "messages"),
         (CHAT, {"messages": [{"role": "boss", "content": "a"}]}, "messages.0.role: ", "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs text", "messages"),
@@ -474,9 +477,6 @@ def test_a_streamed_completion_is_the_whole_one(server, body):
     assert (logprobs or None) == whole["choices"][0]["logprobs"]
 
 
-def test_usage_with_each_event(server):
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    found = events(server, COMPLETIONS, prompt="abc", max_tokens=6, ignore_eos=True, stream_options=options)
 def test_a_stream_gives_the_tokens_of_its_prompt_once(rich):
     asked = {"max_tokens": 6, "ignore_eos": True, "return_token_ids": True, "n": 2}
     found = events(rich, COMPLETIONS, prompt="abc", **asked)
@@ -500,6 +500,9 @@ def test_two_fields_ask_for_log_probabilities_of_a_prompt(server):
     assert all(len(row) <= 2 for row in choice["logprobs"]["top_logprobs"][1:])
 
 
+def test_usage_with_each_event(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = events(server, COMPLETIONS, prompt="abc", max_tokens=6, ignore_eos=True, stream_options=options)
     counts = [event["usage"]["completion_tokens"] for event in found]
     assert counts == sorted(counts)
     assert counts[-1] == 6
@@ -889,6 +892,33 @@ def test_the_line_of_a_request(server):
     assert "a secret" not in server.text
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_client_writes_more_than_its_part_of_a_line(as_json):
+    """A terminal obeys ESC and U+009B, and readers end a line at some others."""
+    record = logging.LogRecord("pace", logging.INFO, "", 0, "request", (), None)
+    record.figures = {"user": "\x1b[2J\x9b2J\x85x\u2028y", "plain": "ü-1", "metadata": {"a": "\x9b"}, "seconds": 0.5}
+    line = Handler(as_json, lambda: None).format(record)
+    assert line.isprintable()
+    assert r"\u001b[2J\u009b2J\u0085x\u2028y" in line
+    assert as_json or line.endswith(r' plain=ü-1 metadata={"a": "\u009b"} seconds=0.5')
+
+
+def test_the_time_of_a_token_is_that_of_one_text():
+    metrics, admission = Metrics([], Admission(8, 8)), Admission(8, 8)
+    meter = RequestMeter(metrics)
+    exchange = Exchange(SimpleNamespace(metrics=metrics), "chat", None, "r", meter, admission.enter(4, 1))
+    meter.first, meter.arrived = 0.0, meter.arrived - 10
+    exchange.count(output_tokens=24)  # of each text six, so five after the first, in ten seconds
+    exchange.close("ok")
+    assert 2 <= metrics.registry.get_sample_value("pace_time_per_output_token_seconds_sum") < 2.1
+
+
+def test_a_prompt_that_is_too_long_does_not_come_to_an_engine(guarded):
+    with guarded.busy():
+        refused(guarded.post(COMPLETIONS, prompt=[5] * 600, max_tokens=1), 400, "the prompt has 600 tokens")
+        refused(guarded.post(EMBEDDINGS, input=[5] * 600), 400, "the prompt has 600 tokens")
+
+
 def test_prompts_and_answers_in_the_log(rich):
     said = complete(rich, prompt=["one", "two"], guided_choice=["yes"], max_tokens=9, request_id="logged")
     assert [choice["text"] for choice in said["choices"]] == ["yes", "yes"]
@@ -1043,6 +1073,13 @@ def print_config(*words, **env):
     return run.stdout
 
 
+@pytest.mark.parametrize("line", ["api-key:", "api-key: 5", "cors-origin: {a: b}", "1: 2"])
+def test_a_configuration_that_can_not_be(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(f"model: m\n{line}\n")
+    with pytest.raises(ValueError, match=r"is None; it must|is 5; it must|it must be texts|1 is no option"):
+        ServerConfig.of(read_config(str(tmp_path / "c.yaml")))
+
+
 def test_the_configuration_is_printed_without_keys(guarded, tmp_path):
     printed = print_config(
         "some-model", "--config", guarded.folder / "pace.toml", "--port", 81, "--api-key", "fig", PACE_API_KEY="elder"
@@ -1053,10 +1090,3 @@ def test_the_configuration_is_printed_without_keys(guarded, tmp_path):
     assert shown["cors_origin"] == ["https://page.example"]
     (tmp_path / "again.yaml").write_text(printed)
     assert print_config("--config", tmp_path / "again.yaml") == printed
-@pytest.mark.parametrize("line", ["api-key:", "api-key: 5", "cors-origin: {a: b}", "1: 2"])
-def test_a_configuration_that_can_not_be(tmp_path, line):
-    (tmp_path / "c.yaml").write_text(f"model: m\n{line}\n")
-    with pytest.raises(ValueError, match=r"is None; it must|is 5; it must|it must be texts|1 is no option"):
-        ServerConfig.of(read_config(str(tmp_path / "c.yaml")))
-
-
