@@ -40,7 +40,7 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=list(config.cors_origin),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
         )
     return app
 
