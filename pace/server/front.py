@@ -42,6 +42,7 @@ def serve(config: ServerConfig) -> None:
     ValueError, OSError.
     """
     OperatorConfig.parse(config.ops)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one at a time, and processes are forked
     groups = places(config)
     with _listening(config) as listener, asyncio.Runner(loop_factory=_event_loop) as runner:
         runner.run(_Front(config, groups, listener).run())
