@@ -1085,7 +1085,7 @@ def test_keys_that_can_not_be(tmp_path):
         ServerConfig(model="m", api_key=("secret", " "))  # which would let everyone in
     (tmp_path / "keys").write_text("früh\n")
     for given in ({"api_key": ("früh",)}, {"api_key_file": str(tmp_path / "keys")}):
-        with pytest.raises(ValueError, match="an API key .* must be printable ASCII"):
+        with pytest.raises(ValueError, match=r"an API key .* must be printable ASCII"):
             ServerConfig(model="m", **given).keys  # noqa: B018
 
 
