@@ -224,7 +224,7 @@ class Fleet:
 
     async def generate(
         self, wish: Generate, whole: bool = False, meter: Meter | None = None
-    ) -> AsyncIterator[Progress]:
+    ) -> AsyncGenerator[Progress]:
         """What comes of a request; with `whole`, all of it at once. Leaving the iteration cancels the request.
 
         A request whose engine is lost before anything came of it is given to another, once: it may be what ends them.
@@ -295,8 +295,8 @@ class Fleet:
         """Until all engines are up. ModelError where the model can't be loaded, or an engine ends while it begins."""
         self._spawn(self._watch())
         keepers = [self._spawn(self._keep(node)) for node in self._nodes]
-        up = asyncio.gather(*(engine.first_up for engine in self.engines))
-        await asyncio.wait({up, *keepers}, return_when=asyncio.FIRST_COMPLETED)
+        up: asyncio.Future[Any] = asyncio.gather(*(engine.first_up for engine in self.engines))
+        await asyncio.wait([up, *keepers], return_when=asyncio.FIRST_COMPLETED)
         for keeper in keepers:
             if keeper.done():
                 keeper.result()
@@ -359,7 +359,7 @@ class Fleet:
         return await process.wait()
 
     async def _launch(self, node: _Node) -> asyncio.subprocess.Process:
-        home = str(Path(pace.__file__).parent.parent)
+        home = str(Path(__file__).parents[2])  # where this package is
         path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "pace.server.node"),

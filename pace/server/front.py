@@ -120,7 +120,7 @@ class _Front:
         )
         config.keys  # noqa: B018 (said now, if it can't be read)
         admission = Admission(config.max_waiting, config.max_waiting_tokens)
-        fleet = Fleet(self._settings(), self.groups, sticky=self._caches_prefixes)
+        fleet = Fleet(self._settings(), self.groups, self._caches_prefixes, config.stall_seconds)
         return Service(config, tokenizer, format, fleet, admission, Metrics(fleet.engines, admission), positions)
 
     @property
@@ -151,6 +151,7 @@ class _Front:
                 ws="none",
                 server_header=False,
                 timeout_keep_alive=75,
+                timeout_graceful_shutdown=1,  # of those that have been cut off, and still read nothing
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
             )

@@ -16,7 +16,7 @@ from .admission import BYTES_PER_TOKEN, Admission, Ticket
 from .chat.formats import Format
 from .config import ServerConfig
 from .errors import APIError
-from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, TimedOut
+from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestFailed, RequestRefused, ShuttingDown
 from .metrics import Metrics, RequestMeter
 from .protocol import Embed, Embedded, Generate, Progress, fields_of
 
@@ -80,8 +80,7 @@ class Exchange:
 
     async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         """A seed for the n-th text is the engine's to spread; a prompt's own is what it was given."""
-        seconds = self.service.config.request_seconds
-        async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
+        async with aclosing(self.service.fleet.generate(wish, whole, self.meter)) as news:
             async for progress in news:
                 if progress.finished:
                     self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
@@ -89,13 +88,10 @@ class Exchange:
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
         self.count(prompt_tokens=sum(map(len, prompts)))
-        seconds, fields = (
-            self.service.config.request_seconds,
-            {"pooling": params.pooling, "normalize": params.normalize},
-        )
+        fields = {"pooling": params.pooling, "normalize": params.normalize}
         tasks = [
             asyncio.ensure_future(
-                self.service.fleet.embed(Embed(f"{self.request_id}.{i}", prompt, fields, priority), seconds, self.meter)
+                self.service.fleet.embed(Embed(f"{self.request_id}.{i}", prompt, fields, priority), self.meter)
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -151,8 +147,10 @@ def as_api_errors() -> Iterator[None]:
         raise APIError(503, str(error), code="no_engine", retry_after=5) from None
     except EngineLost as error:
         raise APIError(500, str(error), code="engine_lost") from None
-    except TimedOut as error:
-        raise APIError(504, str(error), code="timeout") from None
+    except ShuttingDown as error:
+        raise APIError(503, str(error), code="shutting_down", retry_after=5) from None
+    except RequestFailed as error:
+        raise APIError(500, str(error)) from None
     except ValueError as error:
         raise APIError(400, str(error)) from None
 

@@ -43,15 +43,16 @@ LOAD_SECONDS = 0.25  # between two reports of how the engine is doing
 def work(engine: Engine, wishes: str, news: str) -> None:
     """Serve the front process at these two addresses; never returns."""
     context = zmq.Context()
-    with _connected(context, zmq.PULL, wishes) as inlet, _connected(context, zmq.PUSH, news) as outlet:
+    with _socket(context, zmq.PULL) as inlet, _socket(context, zmq.PUSH) as outlet:
+        inlet.bind(wishes)
+        outlet.connect(news)
         _Worker(engine, inlet, outlet).run()
 
 
-def _connected(context: "zmq.Context[Any]", kind: int, address: str) -> "zmq.Socket[bytes]":
+def _socket(context: "zmq.Context[Any]", kind: int) -> "zmq.Socket[bytes]":
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.set_hwm(0)  # nothing is dropped, and no step waits for a reader
     socket.linger = 0
-    socket.connect(address)
     return socket
 
 
