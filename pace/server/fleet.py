@@ -123,11 +123,13 @@ class Engine:
     def index(self) -> int:
         return self.bearer.index
 
-    def fail_start(self, reason: str) -> None:
-        """What is wrong with it, where it has never been up."""
-        if not self.first_up.done():
-            self.first_up.set_exception(ModelError(reason))
-            self.first_up.exception()  # of several, one is told
+    def fail_start(self, reason: str) -> bool:
+        """What is wrong with it; whether it has never been up."""
+        if self.first_up.done():
+            return False
+        self.first_up.set_exception(ModelError(reason))
+        self.first_up.exception()  # of several, one is told
+        return True
 
 
 @dataclass
@@ -343,8 +345,9 @@ class Fleet:
                 return
             for engine in node.engines:
                 self._kill(engine)  # it has ended with its node, if it could
-                engine.fail_start(why)
                 self._lose(engine, EngineLost(f"engine {engine.index} was lost: {why}"))
+            if any([engine.fail_start(why) for engine in node.engines]):
+                return
             delay = node.patience.after_end()
             logger.error("%s; another begins in %.1f s", why, delay)
             await asyncio.sleep(delay)
@@ -381,10 +384,8 @@ class Fleet:
     def _heed(self, node: _Node, report: Report) -> None:
         match report:
             case Loaded(error=str(error)):
-                if all(engine.first_up.done() for engine in node.engines):
+                if not any([engine.fail_start(error) for engine in node.engines]):
                     logger.error("the model can't be loaded: %s", error)
-                for engine in node.engines:
-                    engine.fail_start(error)
             case Loaded():
                 node.patience.is_up()
                 for engine in node.engines:
@@ -396,9 +397,9 @@ class Fleet:
             case Ended(engine=index, status=status) if not self._closing:
                 engine = self.engines[index]
                 why = engine.failure or f"its process ended with {status}"
-                engine.fail_start(f"engine {index} could not begin: {why}")
                 self._lose(engine, EngineLost(f"engine {index} was lost: {why}"))
-                self._spawn(self._renew(node, engine, why))
+                if not engine.fail_start(f"engine {index} could not begin: {why}"):
+                    self._spawn(self._renew(node, engine, why))
 
     async def _renew(self, node: _Node, engine: Engine, why: str) -> None:
         """Another process for an engine whose own has ended."""

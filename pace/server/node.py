@@ -167,7 +167,7 @@ class _Node:
             return self.loaded.engine(**self._options)
         except (ValueError, OSError, MemoryError) as error:
             reason = _reason(error)
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) and "kv_cache_bytes" not in reason:
                 reason += f": kv_cache_bytes is {self._options['kv_cache_bytes']}; give less"
             _report(self._reports, Failed(index, reason))
             raise SystemExit from None

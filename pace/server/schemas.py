@@ -3,6 +3,7 @@
 A field that is not here is refused by name. One that is here has an effect, or takes only the value that has none.
 """
 
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,9 +12,11 @@ from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
 INT64 = 2**63 - 1
+DEEPEST = 100  # levels of lists and objects
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Integer = Annotated[int, Field(ge=-INT64 - 1, le=INT64, strict=True)]
+Stop = Annotated[str, Field(max_length=1024)]  # looked for at each token, as are those below
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -22,18 +25,23 @@ class Schema(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_unicode(cls, value: Any) -> Any:
-        if not _is_unicode(value):
-            raise ValueError("a text in it is not Unicode: half of a surrogate pair")
+    def _is_sound(cls, value: Any) -> Any:
+        _check(value)
         return value
 
 
-def _is_unicode(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
-    if isinstance(value, dict):
-        return all(_is_unicode(item) for pair in value.items() for item in pair)
-    return not isinstance(value, list) or all(map(_is_unicode, value))
+def _check(value: Any) -> None:
+    """ValueError for half of a surrogate pair, or for what is nested so deep that who walks it would stumble."""
+    level = [value]
+    for _ in range(DEEPEST):
+        texts = [each for each in level if isinstance(each, str) and not each.isascii()]
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise ValueError("a text in it is not Unicode: half of a surrogate pair")
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in inner for item in (chain(*each.items()) if isinstance(each, dict) else each)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
 
 
 class StreamOptions(Schema):
@@ -87,12 +95,12 @@ class Sampled(Schema):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=INT64, strict=True)] | None = 1
     seed: Integer | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     temperature: Number | None = None
     top_p: Number | None = None
     frequency_penalty: Number | None = 0.0
     presence_penalty: Number | None = 0.0
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
     user: str | None = None
     """Kept in the log line."""
     # --- as vLLM has them ---
@@ -102,8 +110,8 @@ class Sampled(Schema):
     typical_p: Number | None = None
     repetition_penalty: Number | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64, strict=True)] | None = 0
-    stop_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=4096)] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=1024)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
