@@ -61,7 +61,7 @@ def _check_memory(config: ServerConfig, engines: int) -> None:
     memory, asked = host.describe().memory_bytes, config.kv_cache_bytes or 0
     if memory is not None and asked * engines > memory:
         raise ValueError(
-            f"kv_cache_bytes is {asked} for each of {engines} engines; this machine has {memory} bytes of memory: give less"
+            f"kv_cache_bytes is {asked} for each of {engines} engines; this machine has {memory} bytes: give less"
         )
 
 

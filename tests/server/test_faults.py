@@ -1,0 +1,382 @@
+"""The server is hard to kill: engines and nodes that are killed or hang, clients that go or dawdle, hostile requests,
+full queues and disks. Each ends as it should: nothing hangs, nothing is left.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.engine.fakes import write_model
+
+from .running import Server
+
+CONTEXT = 1 << 15
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory):
+    """The directory of a tiny random model whose texts go on for as long as a test wants."""
+    path = tmp_path_factory.mktemp("endless")
+    write_model(path, max_position_embeddings=CONTEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(endless, tmp_path_factory):
+    """A server with two engines, for tests that leave it as they found it."""
+    flags = ("--engines", 2, "--served-model-name", "tiny", "--kv-cache-bytes", "64M", "--no-prefix-caching")
+    limits = ("--max-waiting", 600, "--max-sequences", 64)
+    with Server(endless, *flags, *limits, log=tmp_path_factory.mktemp("pair") / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def serve(endless, tmp_path):
+    """Servers with the flags that a test wants, which are gone after it."""
+    servers = []
+
+    def start(*flags, model=endless, **options):
+        log = tmp_path / f"log{len(servers)}"
+        servers.append(Server(model, "--kv-cache-bytes", "32M", *flags, log=log, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.__exit__()
+
+
+def asked(number, max_tokens=24, **more):
+    """A request whose answer is always the same."""
+    prompt = f"{number} times " + "abcdefghij"[number % 10] * (number % 7)
+    return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True} | more
+
+
+def client_of(server, **options):
+    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=1000), **options)
+
+
+def run(work, seconds=60):
+    """A test of a server that might hang must not."""
+    return asyncio.run(asyncio.wait_for(work, seconds))
+
+
+async def whole(client, body):
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
+class Stream:
+    """A stream that is read in the background: its text so far, and how it ended: [DONE], an error, or None."""
+
+    def __init__(self, client, body):
+        self.text, self.end, self._begun = "", None, asyncio.Event()
+        self.task = asyncio.ensure_future(self._read(client, body | {"stream": True}))
+
+    async def begun(self):
+        """Until there is some text."""
+        waiting = asyncio.ensure_future(self._begun.wait())
+        await asyncio.wait([waiting, self.task], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        assert self.text, self.task
+
+    async def _read(self, client, body):
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if not line:
+                    continue
+                assert self.end is None, "something came after the end"
+                if line == "data: [DONE]":
+                    self.end = "[DONE]"
+                elif "error" in (event := json.loads(line.removeprefix("data: "))):
+                    self.end = shaped(event)
+                else:
+                    self.text += event["choices"][0]["text"]
+                    self._begun.set()
+
+
+def shaped(body):
+    """The error in a body, which is of OpenAI's shape."""
+    assert body.keys() == {"error"}
+    error = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"].endswith("error")
+    return error
+
+
+def figures(server):
+    """The sums of the metrics, by name."""
+    page, sums = server.client.get("/metrics").text, {}
+    for name, value in re.findall(r"^(pace_\w+)(?:\{.*\})? (\S+)$", page, re.MULTILINE):
+        sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
+
+
+def wait_until(what, seconds=15.0):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not come to be in time"
+        time.sleep(0.05)
+    return found
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_idle(server):
+    names = ("requests_in_flight", "requests_waiting", "sequences_running", "sequences_waiting", "cache_used_ratio")
+    now = figures(server)
+    return all(now[f"pace_{name}"] == 0 for name in names)
+
+
+def engines_up(server, count=2):
+    return lambda: list(server.client.get("/ready").json()["engines"].values()).count("up") == count
+
+
+def port_is_free(server):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", httpx.URL(server.url).port))
+    return True
+
+
+def node_of(server):
+    return psutil.Process(server.engine(0)).ppid()
+
+
+# --- 1: processes that are killed ---
+
+
+def test_an_engine_is_killed_in_the_middle_of_streams(pair):
+    """Its streams end with an error; what had not begun goes to the other; that one's requests never notice."""
+    bodies = [asked(number) for number in range(12)]
+    restarts, engine, node = figures(pair)["pace_engine_restarts_total"], pair.engine(0), node_of(pair)
+
+    async def go():
+        async with client_of(pair) as client:
+            before = [await whole(client, body) for body in bodies]
+            kept = await whole(client, asked(101, 3000))
+            lost, other = Stream(client, asked(100, CONTEXT - 100)), None
+            await lost.begun()
+            other = Stream(client, asked(101, 3000))
+            await other.begun()
+            os.kill(engine, signal.SIGSTOP)  # so that half of what follows waits there
+            wholes = [asyncio.ensure_future(whole(client, body)) for body in bodies[:6]]
+            streams = [Stream(client, body) for body in bodies[6:]]
+            await asyncio.sleep(0.5)
+            assert not all(task.done() for task in wholes + [stream.task for stream in streams])
+            os.kill(engine, signal.SIGKILL)
+            assert [*await asyncio.gather(*wholes)] == before[:6]
+            await asyncio.gather(lost.task, other.task, *(stream.task for stream in streams))
+            assert lost.text
+            assert lost.end["code"] == "engine_lost"
+            assert [stream.text for stream in streams] == before[6:]
+            assert [stream.end for stream in streams] == ["[DONE]"] * 6
+            assert other.text == kept
+            assert other.end == "[DONE]"
+
+    run(go())
+    wait_until(engines_up(pair))
+    assert figures(pair)["pace_engine_restarts_total"] == restarts + 1
+    assert pair.engine(0) != engine
+    assert node_of(pair) == node  # forked from it: nothing was loaded
+    wait_until(lambda: is_idle(pair))
+
+
+def test_a_node_is_killed(pair):
+    """The engines go with it, and all comes back; what had not begun is answered then."""
+    engines, node = [pair.engine(0), pair.engine(1)], node_of(pair)
+    bodies = [asked(number, 40) for number in range(6)]
+
+    async def go():
+        async with client_of(pair) as client:
+            before = [await whole(client, body) for body in bodies]
+            for engine in engines:
+                os.kill(engine, signal.SIGSTOP)
+            tasks = [asyncio.ensure_future(whole(client, body)) for body in bodies]
+            await asyncio.sleep(0.5)
+            os.kill(node, signal.SIGKILL)
+            assert [*await asyncio.gather(*tasks)] == before
+
+    run(go())
+    wait_until(engines_up(pair))
+    assert not any(map(alive, [*engines, node]))
+    assert node_of(pair) != node
+    wait_until(lambda: is_idle(pair))
+
+
+@pytest.mark.parametrize("state", ["loading", "serving", "with an engine stopped"])
+def test_the_front_is_killed(serve, state):
+    server = serve("--engines", 2, wait=state != "loading")
+    if state == "loading":
+        wait_until(lambda: server.children)
+    if state == "with an engine stopped":
+        os.kill(server.engine(1), signal.SIGSTOP)
+    children = server.children
+    assert len(children) == (1 if state == "loading" else 3)
+    server.process.kill()
+    wait_until(lambda: not any(map(alive, children)), seconds=5)
+    assert state == "loading" or port_is_free(server)
+
+
+def test_an_engine_that_hangs_is_ended(serve):
+    server = serve("--engines", 2, "--stall-seconds", 2)
+    hung, body = server.engine(0), asked(3)
+    text = server.post("/v1/completions", **body).json()["choices"][0]["text"]
+    os.kill(hung, signal.SIGSTOP)
+    began = time.monotonic()
+    assert server.post("/v1/completions", **body).json()["choices"][0]["text"] == text
+    assert 2 <= time.monotonic() - began < 8
+    wait_until(engines_up(server))
+    assert not alive(hung)
+    assert "it has said nothing for 2 s" in server.text
+    assert server.engine(1) in server.children  # who has nothing to do may be silent
+
+
+def test_a_stopped_engine_goes_on_where_it_has_time(serve):
+    """The watch does not take a short pause for an end."""
+    server = serve("--engines", 1, "--stall-seconds", 30)
+    engine = server.engine()
+    os.kill(engine, signal.SIGSTOP)
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/completions", json=asked(3), timeout=2)
+    os.kill(engine, signal.SIGCONT)
+    assert server.post("/v1/completions", **asked(3)).status_code == 200
+    wait_until(lambda: is_idle(server))
+    assert server.engine() == engine
+
+
+# --- 2: signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_requests_end_before_the_server(serve, number):
+    server = serve("--engines", 2, "--drain-seconds", 30, start_new_session=True)
+
+    async def go():
+        async with client_of(server) as client:
+            running = Stream(client, asked(1, 3000))
+            slow = asyncio.ensure_future(whole(client, asked(2, 2000)))
+            await running.begun()
+            os.killpg(server.process.pid, number)  # as a terminal sends it: to all that are of its session
+            await asyncio.sleep(0.3)
+            refused = await client.post("/v1/completions", json=asked(3))
+            assert refused.status_code == 503
+            assert shaped(refused.json())["code"] == "shutting_down"
+            assert refused.headers["retry-after"]
+            assert (await client.get("/ready")).json()["status"] == "shutting down"
+            await running.task
+            assert running.end == "[DONE]"
+            assert len(await slow) > 100
+
+    children = server.children
+    run(go())
+    assert server.process.wait(10) == 0
+    assert not any(map(alive, children))
+    assert port_is_free(server)
+    assert "Traceback" not in server.text
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_does_not_end_is_cut_off(serve, signals):
+    """After the deadline, or at a second signal."""
+    server = serve("--engines", 2, "--drain-seconds", 1 if signals == 1 else 100)
+
+    async def go():
+        async with client_of(server) as client:
+            running = Stream(client, asked(1, CONTEXT - 100))
+            waiting = asyncio.ensure_future(client.post("/v1/completions", json=asked(2, CONTEXT - 100)))
+            await running.begun()
+            began = time.monotonic()
+            for _ in range(signals):
+                server.process.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.2)
+            await running.task
+            assert running.end["code"] == "shutting_down"
+            response = await waiting
+            assert response.status_code == 503
+            assert shaped(response.json())["code"] == "shutting_down"
+            assert time.monotonic() - began < 8  # what was sent before is read first
+
+    children = server.children
+    run(go())
+    assert server.process.wait(5) == 0
+    assert not any(map(alive, children))
+    assert port_is_free(server)
+    assert "Traceback" not in server.text
+
+
+def test_a_signal_while_the_model_is_loaded(serve):
+    server = serve("--engines", 2, wait=False)
+    children = wait_until(lambda: server.children)
+    assert server.stop(seconds=5) == 0
+    assert not any(map(alive, children))
+    assert "rror" not in server.text
+
+
+# --- 3: clients that go ---
+
+
+async def ask_and_go(server, body, seconds):
+    """Say all of a request, or the beginning of it, and close the connection without a word."""
+    url, data = httpx.URL(server.url), json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    writer.write(head.encode() + b"\r\n\r\n" + data)
+    try:
+        await asyncio.wait_for(reader.read(1 << 20), seconds)
+        await asyncio.sleep(seconds)
+    except (TimeoutError, ConnectionError):
+        pass
+    writer.transport.abort()
+
+
+async def come_and_go(server, count, seed):
+    draw, room = random.Random(seed), asyncio.Semaphore(50)
+
+    async def one(number):
+        body = asked(number, draw.choice([1, 50, 5000]), stream=draw.random() < 0.5)
+        if draw.random() < 0.2:
+            body["prompt"] = "a long prompt " * draw.choice([100, 2000])
+        if draw.random() < 0.1:
+            body |= {"n": 3, "guided_regex": "[ab]{1,2000}"}
+        async with room:
+            await ask_and_go(server, body, draw.choice([0, 0.001, 0.01, 0.05, 0.2]))
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+
+
+def rss(server):
+    """Of the front process and of each engine, in bytes."""
+    return [psutil.Process(pid).memory_info().rss for pid in (server.process.pid, server.engine(0), server.engine(1))]
+
+
+def test_five_hundred_disconnects(pair):
+    run(come_and_go(pair, 250, seed=1))  # what grows once: pools, caches of grammars, the cache's pages
+    wait_until(lambda: is_idle(pair), 30)
+    before, counted = rss(pair), figures(pair)["pace_requests_total"]
+    run(come_and_go(pair, 500, seed=2))
+    wait_until(lambda: is_idle(pair), 30)
+    assert figures(pair)["pace_requests_total"] > counted + 300  # the others were gone before they were read
+    # A request that is kept has its prompt in it, 30 kB at times, and 5000 tokens: 500 of them are 20 MiB and more.
+    assert all(after - then < 12 * MIB for after, then in zip(rss(pair), before, strict=True)), (before, rss(pair))
+    assert pair.post("/v1/completions", **asked(1)).status_code == 200
