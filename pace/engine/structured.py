@@ -15,8 +15,10 @@ from .tokenizer import Tokenizer
 
 WHITESPACE = "[ \\t\\n]{0,16}"  # between the parts of JSON: room to indent it, and none to get lost in
 COMPILED = 64  # grammars that are kept for requests to come
-# In characters, as llguidance reads them. Beyond that to compile takes seconds, whatever its own limits.
-LONGEST = {"json": 1 << 20, "choice": 1 << 20, "regex": 1 << 16, "grammar": 1 << 15}
+# In characters. Some take llguidance a time that grows with their square: 3 s for the worst of this length.
+LONGEST = {"json": 1 << 17, "choice": 1 << 16, "regex": 1 << 16, "grammar": 1 << 15}
+MOST_CHOICES = 1000  # llguidance takes up to 2000 ways to go on
+LONGEST_REASON = 300  # characters of what llguidance says, which may repeat all of a grammar
 STACK_BYTES = 256 << 20  # of address space: llguidance goes down a chain of rules with a call for each
 _STACK_LOCK = threading.Lock()
 
@@ -45,6 +47,8 @@ class StructuredOutputsParams:
             choices = [] if isinstance(self.choice, str) else list(self.choice)
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise ValueError(f"choice is {self.choice!r}; it must be strings that are not empty")
+            if len(choices) > MOST_CHOICES:
+                raise ValueError(f"choice has {len(choices)} strings; it must have at most {MOST_CHOICES}")
             object.__setattr__(self, "choice", tuple(choices))
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), str | None):
@@ -153,8 +157,9 @@ def _grammar(params: StructuredOutputsParams) -> str:
 
 
 def _line(message: str) -> str:
-    """What llguidance says, without the state of its parser."""
-    return " ".join(message.partition("<state>")[0].split())
+    """What llguidance says, without the state of its parser or its program."""
+    line = " ".join(message.partition("<state>")[0].partition("<backtrace>")[0].split())
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} …"
 
 
 class _Words:

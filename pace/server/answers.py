@@ -168,7 +168,10 @@ class Counts:
 def check_end(piece: Piece) -> None:
     """APIError for a text that went wrong."""
     if piece.finish_reason in ("error", "cancelled"):
-        raise APIError(500, f"the text could not be finished: {piece.stop_reason or piece.finish_reason}")
+        theirs = str(piece.stop_reason).startswith("the grammar")  # as the sampler says of one that leads nowhere
+        raise APIError(
+            400 if theirs else 500, f"the text could not be finished: {piece.stop_reason or piece.finish_reason}"
+        )
 
 
 async def with_errors(events: AsyncGenerator[Result]) -> AsyncGenerator[Result]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import requests
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.engine.fakes import write_model
 
@@ -380,3 +382,215 @@ def test_five_hundred_disconnects(pair):
     # A request that is kept has its prompt in it, 30 kB at times, and 5000 tokens: 500 of them are 20 MiB and more.
     assert all(after - then < 12 * MIB for after, then in zip(rss(pair), before, strict=True)), (before, rss(pair))
     assert pair.post("/v1/completions", **asked(1)).status_code == 200
+
+
+# --- 4: hostile requests ---
+
+
+def nested(depth, inner=1):
+    for _ in range(depth):
+        inner = {"type": "object", "properties": {"a": inner}, "required": ["a"]}
+    return inner
+
+
+def rules(count):
+    """A grammar whose rules call each other in a chain: a call each, for who goes down them."""
+    return "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(count)) + f'r{count}: "a"'
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+HOSTILE = {
+    "deep body": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep metadata": json.dumps(CHAT | {"chat_template_kwargs": {"a": nested(300)}}).encode(),
+    "deep tools": json.dumps(
+        CHAT | {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(60)}}]}
+    ),
+    "deep schema": asked(1, guided_json=nested(40)),
+    "deep schema in a text": asked(1, guided_json="[" * 200_000),
+    "huge integer": b'{"prompt": "a", "seed": ' + b"9" * 100_000 + b"}",
+    "huge n": asked(1, n=10**15),
+    "huge max_tokens": asked(1, max_tokens=2**63 - 1, guided_regex="a"),
+    "max_tokens beyond 64 bits": asked(1, max_tokens=2**64),
+    "huge top_k": asked(1, top_k=2**62),
+    "huge seed": asked(1, seed=2**63),
+    "huge token": asked(1, prompt=[2**40]),
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "infinity": b'{"prompt": "a", "top_p": -Infinity}',
+    "NaN in a schema": b'{"prompt": "a", "max_tokens": 2, "guided_json": {"minimum": NaN}}',
+    "huge bias": asked(1, logit_bias={"1": 1e300}),
+    "lone surrogate": b'{"prompt": "a\\ud800"}',
+    "lone surrogate in a name": b'{"prompt": "a", "a\\udfff": 1}',
+    "lone surrogate in a model": b'{"prompt": "a", "model": "\\ud800"}',
+    "lone surrogate in a choice": b'{"prompt": "a", "guided_choice": ["\\ud800"]}',
+    "not UTF-8": b'{"prompt": "\xff\xfe"}',
+    "UTF-16": '{"prompt": "a", "max_tokens": 1'.encode("utf-16"),
+    "empty": b"",
+    "cut": b'{"prompt": "a", "max',
+    "no object": b"[1, 2]",
+    "null": b"null",
+    "a million stops": asked(1, stop=["x"] * 1_000_000),
+    "a long stop": asked(1, stop="x" * 1_000_000),
+    "a million bad words": asked(1, bad_words=["x"] * 1_000_000),
+    "a million stop tokens": asked(1, stop_token_ids=[1] * 1_000_000),
+    "a million tokens": asked(1, prompt=[5] * 1_000_000),
+    "a million prompts": asked(1, prompt=["x"] * 1_000_000),
+    "schema with huge bounds": asked(1, guided_json={"type": "integer", "minimum": -(10**300), "maximum": 10**300}),
+    "schema of many items": asked(1, guided_json={"type": "array", "minItems": 10**9, "items": {"type": "integer"}}),
+    "schema of long texts": asked(1, guided_json={"type": "string", "minLength": 10**9}),
+    "schema without an end": asked(1, guided_json={"$ref": "#"}),
+    "schema with a bomb": asked(
+        1,
+        guided_json={
+            "$defs": {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 20} for i in range(9)}
+            | {"a9": {"minimum": 1}},
+            "$ref": "#/$defs/a0",
+        },
+    ),
+    "schema with many names": asked(
+        1, guided_json={"properties": {f"p{i}": {"type": "string"} for i in range(10_000)}}
+    ),
+    "choice of many": asked(1, guided_choice=[f"c{i}" for i in range(100_000)]),
+    "choice of a thousand": asked(1, guided_choice=[f"c{i}" for i in range(1000)]),
+    "regex that blows up": asked(1, guided_regex="((a{1,100}){1,100}){1,100}"),
+    "regex with many ways": asked(1, guided_regex="(a+)+$"),
+    "regex of many states": asked(1, guided_regex="(a|b)*a(a|b){500}"),
+    "regex nested": asked(1, guided_regex="(" * 30_000 + "a" + ")" * 30_000),
+    "regex too long": asked(1, guided_regex="a" * 1_000_000),
+    "grammar in a chain": asked(1, guided_grammar=rules(2000)),
+    "grammar in a longer chain": asked(1, guided_grammar=rules(100_000)),
+    "grammar nested": asked(1, guided_grammar="start: " + "(" * 10_000 + '"a"' + ")" * 10_000),
+    "grammar of nothing": asked(1, guided_grammar='start: start | ""'),
+    "grammar with a bomb": asked(
+        1, guided_grammar="start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(40)) + 'A40: "a"'
+    ),
+    "grammar in no form": asked(1, guided_grammar="\0" * 1000),
+}
+MAY_BE_ANSWERED = {
+    "deep tools",  # the template does not show them
+    "huge max_tokens",
+    "schema of many items",
+    "schema of long texts",
+    "schema with a bomb",
+    "choice of a thousand",
+    "regex that blows up",
+    "regex with many ways",
+    "regex of many states",
+    "grammar in a chain",
+    "grammar of nothing",
+}
+
+
+def test_hostile_requests(pair):
+    """Each is refused, or answered, soon; and beside them others are answered as ever."""
+    engines, fine = [pair.engine(0), pair.engine(1)], asked(5, 8)
+    url = {"messages": "/v1/chat/completions"}
+
+    async def go():
+        async with client_of(pair, headers={"Content-Type": "application/json"}) as client:
+            text, failures = await whole(client, fine), {}
+            for name, body in HOSTILE.items():
+                data = json.dumps(body) if isinstance(body, dict) else body
+                path = url.get("messages" if "messages" in str(data[:40]) else "", "/v1/completions")
+                began = time.monotonic()
+                task = asyncio.ensure_future(client.post(path, content=data))
+                if await whole(client, fine) != text:
+                    failures[name] = "another text"
+                response = await task
+                seconds = time.monotonic() - began
+                if response.status_code != 200:
+                    shaped(response.json())
+                wanted = (200, 400) if name in MAY_BE_ANSWERED else (400, 404)
+                if response.status_code not in wanted or seconds > 8 or len(response.text) > 5000:
+                    failures[name] = response.status_code, round(seconds, 2), response.text[:300]
+            return failures
+
+    assert run(go(), 120) == {}
+    assert [pair.engine(0), pair.engine(1)] == engines
+    wait_until(lambda: is_idle(pair))
+
+
+def test_hostile_headers(pair):
+    url, body = httpx.URL(pair.url), b'{"prompt": "a", "max_tokens": 1}'
+    for kind in (
+        "text/plain",
+        "application/xml",
+        "multipart/form-data",
+        "application/x-www-form-urlencoded",
+        "\xff",
+        "",
+    ):
+        response = pair.client.post("/v1/completions", content=body, headers={"Content-Type": kind.encode("latin-1")})
+        assert response.status_code == 400, kind
+        shaped(response.json())
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",  # TLS
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n",
+        b"GET /%ff%00%0d%0a HTTP/1.1\r\nX-Request-ID: a\x00b\r\n\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        os.urandom(1000),
+    ):
+        with socket.create_connection((url.host, url.port), timeout=10) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(4096)
+            assert not answer.startswith(b"HTTP/1.1 5"), (data[:60], answer)
+    assert pair.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}).is_success
+    wait_until(lambda: is_idle(pair))
+
+
+def drawn(server, count, mode):
+    """The statuses of requests that schemathesis draws by our own description, or against it."""
+    from schemathesis import checks, openapi
+    from schemathesis.generation import GenerationMode
+
+    conforms = [
+        checks.not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+        checks.response_headers_conformance,
+    ]
+    schema = openapi.from_url(f"{server.url}/openapi.json")
+    posts = [found.ok() for found in schema.get_all_operations() if found.ok().method == "post"]
+    assert len(posts) == 5
+    seen = []
+
+    def ask(case):
+        if isinstance(case.body, dict) and case.body.get("max_tokens") is None:
+            case.body["max_tokens"] = 3  # or a text goes on to the end of the context
+        if isinstance(case.body, dict) and mode == "positive":
+            case.body.pop("model", None)  # of which a description can't say that there is but one
+        response = case.call(timeout=60, session=session)
+        seen.append(response.status_code)
+        assert response.status_code < 500, response.text
+        if response.status_code >= 400:
+            shaped(response.json())
+        case.validate_response(response, checks=conforms)
+
+    with requests.Session() as session:
+        for operation in posts:
+            strategy = operation.as_strategy(generation_mode=GenerationMode(mode))
+            quick = settings(max_examples=count // len(posts), derandomize=True, database=None, phases=[Phase.generate])
+            settings(quick, suppress_health_check=list(HealthCheck))(given(strategy)(ask))()
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["negative", "positive"])
+def test_requests_drawn_from_our_description(pair, mode):
+    seen = drawn(pair, 200, mode)
+    assert len(seen) >= 200
+    assert (seen.count(400) > 150) if mode == "negative" else seen.count(200) > 10
+    wait_until(lambda: is_idle(pair))
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_bodies(pair):
+    engines = [pair.engine(0), pair.engine(1)]
+    seen = drawn(pair, 10_000, "negative")
+    assert len(seen) >= 10_000
+    assert seen.count(400) > 8000
+    assert [pair.engine(0), pair.engine(1)] == engines
+    wait_until(lambda: is_idle(pair))
