@@ -18,6 +18,9 @@ TYPES = {
 }
 
 
+LONGEST = 1000  # characters of a message, which may name what the client sent
+
+
 class APIError(HTTPException):
     """code: a word for programs; param: the field at fault; retry_after: seconds."""
 
@@ -33,7 +36,7 @@ class APIError(HTTPException):
     ) -> None:
         more = {} if retry_after is None else {"Retry-After": str(retry_after)}
         more |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        self.message, self.code, self.param = _unicode(message), code, None if param is None else _unicode(param)
+        self.message, self.code, self.param = _sayable(message), code, None if param is None else _sayable(param)
         super().__init__(status, self.message, {**(headers or {}), **more})
 
     @property
@@ -42,6 +45,7 @@ class APIError(HTTPException):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def _unicode(text: str) -> str:
-    """With ? for what a client sent and no answer can say: half of a surrogate pair."""
+def _sayable(text: str) -> str:
+    """With ? for half of a surrogate pair, which no answer can hold, and without the rest of what is too long to read."""
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
     return text.encode(errors="replace").decode()
