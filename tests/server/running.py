@@ -16,7 +16,7 @@ import httpx
 class Server:
     """Use as a context: `url` answers; at the end it has ended by SIGTERM, and no process is left."""
 
-    def __init__(self, model, *flags, log, port=0, wait=True, env=None):
+    def __init__(self, model, *flags, log, port=0, wait=True, env=None, **options):
         self.log = Path(log)
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -24,6 +24,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | (env or {}),
+                **options,
             )
         if wait:
             self.url = self._wait()
