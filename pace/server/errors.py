@@ -46,6 +46,6 @@ class APIError(HTTPException):
 
 
 def _sayable(text: str) -> str:
-    """With ? for half of a surrogate pair, which no answer can hold, and without the rest of what is too long to read."""
+    """With ? for half of a surrogate pair, which no answer can hold, and no more than can be read."""
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
     return text.encode(errors="replace").decode()

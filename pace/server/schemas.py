@@ -225,6 +225,12 @@ class ContentPart(Schema):
     refusal: str | None = None
     image_url: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _has_text(self) -> "ContentPart":
+        if self.type == "text" and self.text is None:
+            raise ValueError("a part of type text needs text")
+        return self
+
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
