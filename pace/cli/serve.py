@@ -36,7 +36,7 @@ def serve(**options: Any) -> None:
 
 def _config(options: Mapping[str, Any]) -> ServerConfig:
     values = read_config(options["config"]) if options["config"] else {}
-    values = {name.replace("-", "_"): value for name, value in values.items()}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
     given = {name: value for name, value in options.items() if name not in ("config", "print_config")}
     config = ServerConfig.of(values | {name: value for name, value in given.items() if value not in (None, [])})
     key = os.environ.get("PACE_API_KEY")

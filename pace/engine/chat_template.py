@@ -5,6 +5,7 @@ The names that a template may use are those of transformers' apply_chat_template
 
 import json
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, meta, nodes
@@ -57,10 +58,11 @@ def compile_template(source: str) -> Template:
         raise ValueError(f"the model's chat template is not valid Jinja: {error}") from None
 
 
-def variables(source: str) -> set[str]:
+@lru_cache  # a server asks for each chat, and to parse a template takes tens of milliseconds
+def variables(source: str) -> frozenset[str]:
     """The names that a template takes from its context. ValueError where it is not Jinja."""
     try:
-        return meta.find_undeclared_variables(_environment.parse(source))
+        return frozenset(meta.find_undeclared_variables(_environment.parse(source)))
     except TemplateError as error:
         raise ValueError(f"the model's chat template is not valid Jinja: {error}") from None
 

@@ -13,18 +13,18 @@ class Admission:
         self.waiting = self.waiting_tokens = self.in_flight = 0
         self.closed = False
 
-    def enter(self, requests: int, tokens: int) -> "Ticket":
+    def enter(self, texts: int, tokens: int) -> "Ticket":
         """APIError 429 where the queue is full, 503 where the server is about to end."""
         if self.closed:
             raise APIError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-        if self.waiting and self.waiting + requests > self.max_waiting:
+        if self.waiting and self.waiting + texts > self.max_waiting:
             raise self._full(f"{self.waiting} requests wait, and max_waiting is {self.max_waiting}")
         if self.waiting and self.waiting_tokens + tokens > self.max_waiting_tokens:
             raise self._full(
                 f"about {self.waiting_tokens} tokens of prompts wait, and max_waiting_tokens is "
                 f"{self.max_waiting_tokens}: no room for {tokens} more"
             )
-        return Ticket(self, requests, tokens)
+        return Ticket(self, texts, tokens)
 
     @staticmethod
     def _full(message: str) -> APIError:
@@ -34,9 +34,9 @@ class Admission:
 class Ticket:
     """Of one HTTP request, which may be several texts. To be left once."""
 
-    def __init__(self, admission: Admission, requests: int, tokens: int) -> None:
-        self._admission, self._requests, self._tokens = admission, requests, tokens
-        admission.waiting += requests
+    def __init__(self, admission: Admission, texts: int, tokens: int) -> None:
+        self._admission, self.texts, self._tokens = admission, texts, tokens
+        admission.waiting += texts
         admission.waiting_tokens += tokens
         admission.in_flight += 1
         self._waits = True
@@ -45,7 +45,7 @@ class Ticket:
         """There is a first token."""
         if self._waits:
             self._waits = False
-            self._admission.waiting -= self._requests
+            self._admission.waiting -= self.texts
             self._admission.waiting_tokens -= self._tokens
 
     def leave(self) -> None:

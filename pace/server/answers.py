@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from .errors import APIError
 from .guard import Receive, Scope, Send
-from .protocol import Piece
+from .protocol import Piece, Progress
 from .service import Exchange, as_api_errors
 
 logger = logging.getLogger("pace")
@@ -163,6 +163,14 @@ class Counts:
     def usage(self) -> dict[str, Any]:
         completion, cached = (sum(values) for values in zip((0, 0), *self._latest.values(), strict=True))
         return usage(self._prompts, completion, cached)
+
+
+def prompt_logprobs(progress: Progress) -> list[dict[str, Any] | None]:
+    """For each token of a prompt, as vLLM has them."""
+    return [
+        None if row is None else {str(token): value._asdict() for token, value in row.items()}
+        for row in progress.prompt_logprobs or ()
+    ]
 
 
 def check_end(piece: Piece) -> None:

@@ -43,7 +43,7 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=list(config.cors_origin),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
         )
     return app
 
@@ -113,7 +113,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
                 use = tool_use(body.tools)
                 text = render(service, body.messages, use, add_generation_prompt=body.add_generation_prompt)
             tokens = tokenizer.encode(text, body.special)
-        pieces = [tokenizer.piece(token) for token in tokens]
+        pieces = list(map(tokenizer.piece, tokens)) if body.with_pieces or body.return_token_strs else []
         found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_positions}
         if body.with_pieces:
             found["tokens"] = [

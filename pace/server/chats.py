@@ -13,9 +13,9 @@ from pace.engine.request import Logprob
 from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
-from .answers import Counts, answer, check_end, with_errors
+from .answers import Counts, answer, check_end, prompt_logprobs, with_errors
 from .chat.parser import Delta, Parser
-from .chat.prompts import prompt_messages
+from .chat.prompts import prompt_messages, text_of
 from .chat.tool_calls import ToolCall
 from .chat.tools import ToolUse, tool_use
 from .errors import APIError
@@ -44,10 +44,7 @@ class _Chat:
         choices.sort(key=lambda choice: choice["index"])
         body = self._body("chat.completion", choices) | {"usage": self.counts.usage()}
         if self.body.prompt_logprobs is not None:
-            body["prompt_logprobs"] = [
-                None if row is None else {str(token): value._asdict() for token, value in row.items()}
-                for row in progress.prompt_logprobs or ()
-            ]
+            body["prompt_logprobs"] = prompt_logprobs(progress)
         if self.body.return_token_ids:
             body["prompt_token_ids"] = self.prompt
         return body
@@ -60,7 +57,8 @@ class _Chat:
             for piece in progress.pieces:
                 if (writer := writers.get(piece.index)) is None:
                     writer = writers[piece.index] = _Writer(self)
-                    yield self._event(piece.index, {"role": "assistant", "content": ""}, wants_usage)
+                    first = self._event(piece.index, {"role": "assistant", "content": ""}, wants_usage)
+                    yield first | ({"prompt_token_ids": self.prompt} if self.body.return_token_ids else {})
                 for delta, extra in writer.deltas(piece):
                     yield self._event(piece.index, delta, wants_usage, **extra)
         if wants_usage:
@@ -121,13 +119,12 @@ class _Chat:
         return body.sampling(max_tokens=most, logprobs=(body.top_logprobs or 0) if body.logprobs else None, **changes)
 
     def _encode(self, params: SamplingParams) -> list[int]:
-        prompt = self.text = render(
-            self.service, self.body.messages, self.use, **self._template_arguments(params.structured_outputs)
-        )
         self.formed = params.structured_outputs is not None
-        if self.body.continue_final_message:
-            prompt = self.text = _without_end(prompt, self.body.messages[-1])
-        tokens = self.service.tokenizer.encode(prompt, add_special_tokens=False)
+        messages, goes_on = self.body.messages, self.body.continue_final_message
+        arguments = self._template_arguments(params.structured_outputs)
+        text = render(self.service, _marked(messages) if goes_on else messages, self.use, **arguments)
+        self.text = _up_to_mark(text) if goes_on else text
+        tokens = self.service.tokenizer.encode(self.text, add_special_tokens=False)
         last = self.body.truncate_prompt_tokens
         return tokens[-last:] if last else tokens
 
@@ -235,10 +232,18 @@ def template_variables(service: Service) -> set[str]:
     return set().union(*map(variables, service.tokenizer.chat_templates.values()))
 
 
-def _without_end(prompt: str, last: Message) -> str:
-    """A prompt that ends with what the last message says, for the model to go on with it."""
-    said = last.content if isinstance(last.content, str) else "".join(part.text or "" for part in last.content or ())
-    at = prompt.rfind(said.strip())
-    if at < 0 or not said.strip():
+def _marked(messages: list[Message]) -> list[Message]:
+    """With a mark at the end of the last: what it says may also stand in what the template writes behind it."""
+    last = messages[-1]
+    said = text_of(last.model_dump(exclude_none=True).get("content")).rstrip()
+    return [*messages[:-1], last.model_copy(update={"content": said and said + _MARK})]
+
+
+def _up_to_mark(prompt: str) -> str:
+    text, mark, _ = prompt.rpartition(_MARK)
+    if not mark:
         raise APIError(400, "continue_final_message needs a last message with text", param="continue_final_message")
-    return prompt[: at + len(said.strip())]
+    return text
+
+
+_MARK = "<|pace: the end of the final message|>"

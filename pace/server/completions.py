@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from pace.engine.request import Logprob
 
-from .answers import Counts, answer, check_end, with_errors
+from .answers import Counts, answer, check_end, prompt_logprobs, with_errors
 from .protocol import Piece, Progress
 from .schemas import CompletionRequest
 from .service import Exchange, Service, as_api_errors, begin, size_of
@@ -60,10 +60,11 @@ class _Completion:
         body = self.body
         self.prompts = await asyncio.to_thread(self._encode)
         self.counts = Counts(self.prompts)
+        of_prompt = (body.prompt_logprobs, body.logprobs if body.echo else None)
         params = body.sampling(
             max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
             logprobs=body.logprobs,
-            **({"prompt_logprobs": body.logprobs} if body.echo and body.logprobs is not None else {}),
+            prompt_logprobs=max((most for most in of_prompt if most is not None), default=None),
         )
         async for number, progress in self.exchange.generate(
             self.prompts, [params] * len(self.prompts), body.priority, whole
@@ -104,17 +105,15 @@ class _Completion:
             "stop_reason": piece.stop_reason if writes else None,
         }
         if body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = [
-                None if row is None else {str(token): value._asdict() for token, value in row.items()}
-                for row in progress.prompt_logprobs or ()
-            ]
+            choice["prompt_logprobs"] = prompt_logprobs(progress)
         if body.return_token_ids:
-            choice |= {"token_ids": piece.token_ids if writes else [], "prompt_token_ids": self.prompts[number]}
+            choice |= {"token_ids": piece.token_ids if writes else []}
+            choice |= {"prompt_token_ids": self.prompts[number]} if first else {}
         return choice
 
     def _echoed(self, number: int) -> str:
-        given = self.body.prompts[number]
-        if isinstance(given, str) and not self.body.truncate_prompt_tokens:
+        given, last = self.body.prompts[number], self.body.truncate_prompt_tokens
+        if isinstance(given, str) and (last is None or len(self.prompts[number]) < last):
             return given
         return self.tokenizer.decode(self.prompts[number], skip_special_tokens=False)
 

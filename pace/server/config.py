@@ -101,26 +101,31 @@ class ServerConfig:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of the flags and of the file. ValueError for a file without any."""
-        if self.api_key_file is None:
-            return self.api_key
-        lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
-        if not (found := tuple(line.strip() for line in lines if line.strip())):
-            raise ValueError(f"{self.api_key_file} holds no key: write one in each line")
-        return self.api_key + found
+        """Of the flags and of the file, without the spaces and line ends around them. ValueError for a file without
+        any, and for what no header can carry.
+        """
+        keys = list(self.api_key)
+        if self.api_key_file is not None:
+            keys += (lines := Path(self.api_key_file).read_text(encoding="utf-8").splitlines())
+            if not any(line.strip() for line in lines):
+                raise ValueError(f"{self.api_key_file} holds no key: write one in each line")
+        found = tuple(key.strip() for key in keys if key.strip())
+        if not all(key.isascii() and key.isprintable() for key in found):
+            raise ValueError("an API key has characters that no header can carry: it must be printable ASCII")
+        return found
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From a configuration file and flags; names with - or _. ValueError for a name that is nobody's."""
         known = {each.name for each in fields(cls)}
-        named = {name.replace("-", "_"): value for name, value in values.items()}
+        named = {str(name).replace("-", "_"): value for name, value in values.items()}
         if unknown := named.keys() - known:
             raise ValueError(f"{', '.join(sorted(unknown))} is no option; they are {', '.join(sorted(known))}")
         if "engines" in named:
             named["engines"] = str(named["engines"])
         for name in ("api_key", "cors_origin"):
-            if name in named:
-                named[name] = (named[name],) if isinstance(named[name], str) else tuple(named[name])
+            if isinstance(given := named.get(name), str | list):
+                named[name] = (given,) if isinstance(given, str) else tuple(given)
         if isinstance(named.get("ops"), Mapping):
             import json
 
@@ -163,8 +168,9 @@ def _check_type(each: "Field[Any]", value: Any) -> None:
     if value is None and isinstance(each.type, UnionType):
         return
     if kind is tuple:
-        if not all(isinstance(item, str) and item for item in value):
-            raise ValueError(f"{each.name} is {value!r}; it must be texts that are not empty")
+        if not isinstance(value, tuple) or not all(isinstance(item, str) and item.strip() for item in value):
+            shown = "what it is" if each.metadata["kind"] == "secret" else repr(value)
+            raise ValueError(f"{each.name} can't be {shown}; it must be texts that are not empty")
     elif not isinstance(value, (int, float) if kind is float else kind) or (
         kind is not bool and isinstance(value, bool)
     ):

@@ -44,6 +44,7 @@ def serve(config: ServerConfig) -> None:
     """
     OperatorConfig.parse(config.ops)
     allow_many()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one at a time, and processes are forked
     groups = places(config)
     _check_memory(config, sum(map(len, groups)))
     with _listening(config) as listener, asyncio.Runner(loop_factory=_event_loop) as runner:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -46,11 +47,18 @@ class _JSONLine(logging.Formatter):
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line | figures_of(record), ensure_ascii=False)
+        return _json(line | figures_of(record))
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False)
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' "\n\r=') else text
+    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else _json(value)
+
+
+def _json(value: Any) -> str:
+    """Which no reader takes for two lines, and no terminal for a command."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+_CONTROLS = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_PLAIN = re.compile(rf"[^\0- \"={_CONTROLS.pattern[1:-1]}]+")

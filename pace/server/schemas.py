@@ -18,6 +18,8 @@ Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Integer = Annotated[int, Field(ge=-INT64 - 1, le=INT64)]
 Stop = Annotated[str, Field(max_length=1024)]  # looked for at each token, as are those below
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Label = Annotated[str, Field(max_length=512)]  # goes to the log, as what is in Labels does
+Labels = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
 
 
 class Schema(BaseModel):
@@ -48,6 +50,12 @@ class StreamOptions(Schema):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _includes_what_is_continuous(self) -> "StreamOptions":
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats goes with include_usage: true")
+        return self
 
 
 class StructuredOutputs(Schema):
@@ -101,7 +109,7 @@ class Sampled(Schema):
     frequency_penalty: Number | None = 0.0
     presence_penalty: Number | None = 0.0
     logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
-    user: str | None = None
+    user: Label | None = None
     """Kept in the log line."""
     # --- as vLLM has them ---
     best_of: Annotated[int, Field(ge=1, le=INT64)] | None = None
@@ -134,6 +142,8 @@ class Sampled(Schema):
             raise ValueError("stream_options goes with stream: true")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
             raise ValueError(f"best_of is {self.best_of}: what is chosen at the end can't be streamed")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not streamed: leave out stream")
         return self
 
     def structured(self) -> StructuredOutputsParams | None:
@@ -289,7 +299,7 @@ class ChatRequest(Sampled):
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Labels | None = None
     """Kept in the log line."""
 
     @model_validator(mode="after")
@@ -311,7 +321,7 @@ class EmbeddingRequest(Schema):
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: None = None
     """Not served: a prefix of an embedding is one only for models trained so."""
-    user: str | None = None
+    user: Label | None = None
     pooling: Literal["last", "mean"] = "last"
     normalize: bool = True
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0

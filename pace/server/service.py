@@ -84,6 +84,7 @@ class Exchange:
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int, whole: bool
     ) -> AsyncGenerator[tuple[int, Progress]]:
         """The news of all prompts as they come, each with its prompt's number."""
+        self._check_lengths(prompts)
         wishes = [
             Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority)
             for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
@@ -108,6 +109,7 @@ class Exchange:
             raise RequestRefused(str(error).replace("structured_outputs", form or "tools")) from None
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
+        self._check_lengths(prompts)
         self._see_prompts(prompts)
         fields = {"pooling": params.pooling, "normalize": params.normalize}
         tasks = [
@@ -121,6 +123,12 @@ class Exchange:
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _check_lengths(self, prompts: Sequence[list[int]]) -> None:
+        """ValueError, as an engine would say it, for a prompt that is so long that to read it would keep the engine."""
+        for prompt in prompts:
+            if len(prompt) > (most := self.service.max_positions):
+                raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context is {most}: shorten it")
 
     def _see_prompts(self, prompts: Sequence[list[int]]) -> None:
         tokens = sum(map(len, prompts))
@@ -149,9 +157,10 @@ class Exchange:
         metrics.requests.labels(self.endpoint, outcome).inc()
         metrics.duration.observe(seconds)
         metrics.cached_tokens.inc(figures.get("cached_tokens", 0))
-        written = figures.get("output_tokens", 0)
-        if self.meter.first is not None and written > 1:
-            metrics.per_output_token.observe((seconds - self.meter.first) / (written - 1))
+        texts = self.ticket.texts
+        later = figures.get("output_tokens", 0) - texts  # than the first of each text
+        if self.meter.first is not None and later > 0:
+            metrics.per_output_token.observe((seconds - self.meter.first) * texts / later)
         if self.span is not None:
             self.span.end(outcome, reason, figures, self.meter.first)
         if self._answers:

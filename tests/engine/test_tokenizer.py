@@ -3,6 +3,7 @@ import inspect
 import itertools
 import json
 import pydoc_data.topics
+import threading
 
 import gguf
 import numpy as np
@@ -67,6 +68,24 @@ def test_as_transformers_except_for_digits(smol, peer):
     for text in TEXTS:
         words = "".join(character for character in text if not character.isnumeric())
         assert smol.encode(words) == peer.encode(words)
+
+
+def test_other_threads_go_on_while_a_text_is_encoded(smol):
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(1)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = len(ticks)
+        smol.encode("Some words of a long text. " * 50_000)
+        assert len(ticks) > before + 10
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_digits_one_by_one(smol):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import ssl
@@ -20,9 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from pace.server.admission import Admission
 from pace.server.app import create_app
-from pace.server.config import ServerConfig
+from pace.server.config import ServerConfig, read_config
+from pace.server.log import Handler
+from pace.server.metrics import Metrics, RequestMeter
 from pace.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+from pace.server.service import Exchange
 from tests.engine.fakes import BOS, EOS, FIRST_BYTE, VOCABULARY, byte_tokens, write_model
 from tests.test_deploy import METRICS
 
@@ -332,6 +337,15 @@ def test_an_unknown_field_within_a_field_is_named(server):
         (COMPLETIONS, {"prompt": "a", "guided_regex": "a", "guided_choice": ["a"]}, "give one", "guided_regex"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options goes with stream", "stream_options"),
         (COMPLETIONS, {"prompt": "a", "echo": True, "stream": True, "logprobs": 1}, "echo with logprobs", "echo"),
+        (COMPLETIONS, {"prompt": "a", "stream": True, "prompt_logprobs": 1}, "is not streamed", "prompt_logprobs"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "goes with include_usage",
+            "stream_options",
+        ),
+        (COMPLETIONS, {"prompt": "a", "user": "u" * 513}, "user: ", "user"),
+        (CHAT, {"messages": HI, "metadata": {str(i): "" for i in range(17)}}, "metadata: ", "metadata"),
         (COMPLETIONS, {"prompt": "a", "request_id": "two words"}, "request_id: ", "request_id"),
         (COMPLETIONS, {"prompt": "\ud800"}, "not Unicode", "prompt"),
         (CHAT, {"messages": []}, "messages: ", "messages"),
@@ -461,6 +475,29 @@ def test_a_streamed_completion_is_the_whole_one(server, body):
         (c["text"], c["finish_reason"]) for c in whole["choices"]
     ]
     assert (logprobs or None) == whole["choices"][0]["logprobs"]
+
+
+def test_a_stream_gives_the_tokens_of_its_prompt_once(rich):
+    asked = {"max_tokens": 6, "ignore_eos": True, "return_token_ids": True, "n": 2}
+    found = events(rich, COMPLETIONS, prompt="abc", **asked)
+    given = [choice["prompt_token_ids"] for event in found for choice in event["choices"] if len(choice) > 6]
+    assert given == [[BOS, *byte_tokens("abc")]] * 2
+    found = events(rich, CHAT, messages=HI, **asked)
+    given = [event["prompt_token_ids"] for event in found if "prompt_token_ids" in event]
+    assert given == [chat(rich, **asked)["prompt_token_ids"]] * 2
+
+
+def test_an_echo_of_what_is_not_cut_is_as_it_was_given(rich):
+    for last, echoed in ((1000, "abc"), (2, "bc")):
+        answer = complete(rich, prompt="abc", max_tokens=0, echo=True, truncate_prompt_tokens=last)
+        assert answer["choices"][0]["text"] == echoed
+
+
+def test_two_fields_ask_for_log_probabilities_of_a_prompt(server):
+    asked = {"prompt": "abc", "max_tokens": 0, "echo": True, "prompt_logprobs": 5, "logprobs": 1}
+    (choice,) = complete(server, **asked)["choices"]
+    assert all(len(row) >= 5 for row in choice["prompt_logprobs"][1:])
+    assert all(len(row) <= 2 for row in choice["logprobs"]["top_logprobs"][1:])
 
 
 def test_usage_with_each_event(server):
@@ -628,6 +665,16 @@ def test_a_form_leaves_no_room_for_thinking(rich):
         (HI, {"add_generation_prompt": False}, SAID),
         (HI, {"continue_final_message": True}, "<s>user: hi"),
         ([*HI, {"role": "assistant", "content": "So "}], {"continue_final_message": True}, f"{SAID}<s>assistant: So"),
+        (
+            [*HI, {"role": "assistant", "content": ")", "reasoning_content": "hm"}],
+            {"continue_final_message": True},
+            f"{SAID}<s>assistant: )",
+        ),
+        (
+            [*HI, {"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "text", "text": "it"}]}],
+            {"continue_final_message": True},
+            f"{SAID}<s>assistant: So\nit",
+        ),
         (HI, {"reasoning_effort": "low"}, f"{SAID}<s>assistant: <think>\n"),
         (HI, {"reasoning_effort": "none"}, f"{SAID}<s>assistant: <think>\n\n</think>\n\n"),
         (HI, THINKING, f"{SAID}<s>assistant: <think>\n"),
@@ -845,6 +892,33 @@ def test_the_line_of_a_request(server):
     assert "a secret" not in server.text
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_client_writes_more_than_its_part_of_a_line(as_json):
+    """A terminal obeys ESC and U+009B, and readers end a line at some others."""
+    record = logging.LogRecord("pace", logging.INFO, "", 0, "request", (), None)
+    record.figures = {"user": "\x1b[2J\x9b2J\x85x\u2028y", "plain": "ü-1", "metadata": {"a": "\x9b"}, "seconds": 0.5}
+    line = Handler(as_json, lambda: None).format(record)
+    assert line.isprintable()
+    assert r"\u001b[2J\u009b2J\u0085x\u2028y" in line
+    assert as_json or line.endswith(r' plain=ü-1 metadata={"a": "\u009b"} seconds=0.5')
+
+
+def test_the_time_of_a_token_is_that_of_one_text():
+    metrics, admission = Metrics([], Admission(8, 8)), Admission(8, 8)
+    meter = RequestMeter(metrics)
+    exchange = Exchange(SimpleNamespace(metrics=metrics), "chat", None, "r", meter, admission.enter(4, 1))
+    meter.first, meter.arrived = 0.0, meter.arrived - 10
+    exchange.count(output_tokens=24)  # of each text six, so five after the first, in ten seconds
+    exchange.close("ok")
+    assert 2 <= metrics.registry.get_sample_value("pace_time_per_output_token_seconds_sum") < 2.1
+
+
+def test_a_prompt_that_is_too_long_does_not_come_to_an_engine(guarded):
+    with guarded.busy():
+        refused(guarded.post(COMPLETIONS, prompt=[5] * 600, max_tokens=1), 400, "the prompt has 600 tokens")
+        refused(guarded.post(EMBEDDINGS, input=[5] * 600), 400, "the prompt has 600 tokens")
+
+
 def test_prompts_and_answers_in_the_log(rich):
     said = complete(rich, prompt=["one", "two"], guided_choice=["yes"], max_tokens=9, request_id="logged")
     assert [choice["text"] for choice in said["choices"]] == ["yes", "yes"]
@@ -895,7 +969,7 @@ def guarded(tiny, tmp_path_factory):
         f'tls_cert = "{folder}/cert.pem"\ntls_key = "{folder}/key.pem"\n'
         'cors_origin = ["https://page.example"]\nmax_body_bytes = 2000\nmax_waiting = 3\n'
     )
-    env = {"PACE_API_KEY": "elder"}
+    env = {"PACE_API_KEY": " elder\n"}
     with Server(tiny, "--config", folder / "pace.toml", "--max-waiting", 2, log=folder / "log", env=env) as running:
         running.folder = folder
         trusted = ssl.create_default_context(cafile=folder / "cert.pem")
@@ -947,7 +1021,7 @@ def test_a_body_that_is_too_large(guarded):
     sent = {"headers": {"Content-Type": "application/json"}}
     for content in (body, iter([body[:1500], body[1500:]])):  # with Content-Length, and in chunks
         refused(guarded.client.post(COMPLETIONS, content=content, **sent), 413, "larger than 2000 bytes")
-    fits = json.dumps({"prompt": "a" * 300, "max_tokens": 1, "user": "u" * 1000}).encode()
+    fits = json.dumps({"prompt": "a" * 300, "max_tokens": 1, "stop": "s" * 1000}).encode()
     for content in (fits, iter([fits[:700], fits[700:]])):
         assert guarded.client.post(COMPLETIONS, content=content, **sent).status_code == 200
 
@@ -956,7 +1030,7 @@ def test_an_origin_that_may_ask(guarded):
     origin = {"Origin": "https://page.example"}
     response = guarded.client.get("/v1/models", headers=origin)
     assert response.headers["access-control-allow-origin"] == "https://page.example"
-    assert "X-Request-ID" in response.headers["access-control-expose-headers"]
+    assert response.headers["access-control-expose-headers"] == "Retry-After, X-Request-ID"
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     preflight = guarded.client.options(CHAT, headers=origin | asked | {"Authorization": ""})
     assert preflight.status_code == 200
@@ -997,6 +1071,22 @@ def print_config(*words, **env):
         check=True,
     )
     return run.stdout
+
+
+@pytest.mark.parametrize("line", ["api-key:", "api-key: 5", "cors-origin: {a: b}", "1: 2"])
+def test_a_configuration_that_can_not_be(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(f"model: m\n{line}\n")
+    with pytest.raises(ValueError, match=r"it must be texts|1 is no option"):
+        ServerConfig.of(read_config(str(tmp_path / "c.yaml")))
+
+
+def test_keys_that_can_not_be(tmp_path):
+    with pytest.raises(ValueError, match="api_key can't be what it is; it must be texts that are not empty"):
+        ServerConfig(model="m", api_key=("secret", " "))  # which would let everyone in
+    (tmp_path / "keys").write_text("früh\n")
+    for given in ({"api_key": ("früh",)}, {"api_key_file": str(tmp_path / "keys")}):
+        with pytest.raises(ValueError, match="an API key .* must be printable ASCII"):
+            ServerConfig(model="m", **given).keys  # noqa: B018
 
 
 def test_the_configuration_is_printed_without_keys(guarded, tmp_path):

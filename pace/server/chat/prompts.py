@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from string import Template
 from typing import Any
 
@@ -40,7 +41,7 @@ def prompt_messages(
 def _plain(message: Mapping[str, Any], format: Format) -> Message:
     """Without what is not said, and the content as one text: templates ask for no more."""
     plain = {key: value for key, value in message.items() if value is not None and (key != "tool_calls" or value)}
-    plain["content"] = content = _text(message.get("content")) or plain.pop("refusal", "")
+    plain["content"] = content = text_of(message.get("content")) or plain.pop("refusal", "")
     if plain["role"] == "developer" and not format.in_channels:
         plain["role"] = "system"
     if reasoning := plain.pop("reasoning", None) or plain.get("reasoning_content"):
@@ -50,7 +51,8 @@ def _plain(message: Mapping[str, Any], format: Format) -> Message:
     return plain
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
+    """A message's content, which may come in parts. ValueError for a part that is no text."""
     if content is None or isinstance(content, str):
         return content or ""
     for part in content:
@@ -88,18 +90,22 @@ def _arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _one_call_a_message(chat: Sequence[Message]) -> list[Message]:
-    """Each call in a message of its own, its result behind it."""
-    results = {message.get("tool_call_id"): message for message in chat if message["role"] == "tool"}
-    parted: list[Message] = []
-    for message in chat:
-        calls = message.get("tool_calls", [])
+    """Each call in a message of its own, its result behind it: of those that come next, since ids may come again."""
+    parted, left = list[Message](), list(chat)
+    while left:
+        message = left.pop(0)
+        if len(calls := message.get("tool_calls", [])) < 2:
+            parted.append(message)
+            continue
+        results = list(takewhile(lambda each: each["role"] == "tool", left))
+        del left[: len(results)]
         for call in calls:
             parted.append(message | {"tool_calls": [call]})
             message = {"role": "assistant", "content": ""}  # what else was said is said once
-            if len(calls) > 1 and call.get("id") in results:
-                parted.append(results.pop(call["id"]))
-        if not calls and (message["role"] != "tool" or message in results.values()):
-            parted.append(message)
+            mine = (i for i, each in enumerate(results) if each.get("tool_call_id") == call.get("id"))
+            if (found := next(mine, None)) is not None:
+                parted.append(results.pop(found))
+        parted += results
     return parted
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pace.engine.chat_template import variables
 from pace.server.chat.formats import CALLS, THINKING, Format, detect, override
 
 from . import templates
@@ -63,3 +64,9 @@ def test_special_tokens_stay_where_they_are_tags():
     assert detect(templates.GPT_OSS).keeps_special_tokens(tools=False)
     assert detect(templates.LLAMA31).keeps_special_tokens(tools=True)
     assert not detect(templates.LLAMA31).keeps_special_tokens(tools=False)
+
+
+def test_a_template_is_read_once():
+    """Each chat asks for what it knows."""
+    assert variables(templates.QWEN3) is variables(templates.QWEN3)
+    assert "enable_thinking" in variables(templates.QWEN3)

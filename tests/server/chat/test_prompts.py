@@ -91,6 +91,17 @@ def test_one_call_a_message():
     assert prompt_messages(HISTORY[2:], TOOLS, detect(templates.LLAMA31))[0][0]["content"] == "sun"  # answers nothing
 
 
+def test_ids_of_calls_may_come_again_or_not_at_all():
+    second = [message | {"content": "snow"} if message["role"] == "tool" else message for message in HISTORY]
+    chat, _ = prompt_messages(HISTORY + second, TOOLS, detect(templates.LLAMA31))
+    assert [message["content"] for message in chat if message["role"] == "tool"] == ["sun", "rain", "snow", "snow"]
+    single = ASSISTANT | {"tool_calls": ASSISTANT["tool_calls"][:1]}
+    results = [message | {"tool_call_id": None} for message in HISTORY if message["role"] == "tool"]
+    nameless = [single, results[0], single, results[1]]
+    chat, _ = prompt_messages(nameless, TOOLS, detect(templates.LLAMA31))
+    assert [message["content"] for message in chat] == ["", "sun", "", "rain"]
+
+
 def test_what_is_not_said_is_left_out():
     (message,), _ = prompt_messages(
         [{"role": "assistant", "content": "x", "name": None, "tool_calls": []}], [], detect(templates.LLAMA31)
