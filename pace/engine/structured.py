@@ -1,7 +1,9 @@
 """Text that follows a grammar: which tokens may come next. llguidance knows the grammars, this the tokens."""
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -13,6 +15,12 @@ from .tokenizer import Tokenizer
 
 WHITESPACE = "[ \\t\\n]{0,16}"  # between the parts of JSON: room to indent it, and none to get lost in
 COMPILED = 64  # grammars that are kept for requests to come
+# In characters. Some take llguidance a time that grows with their square: 3 s for the worst of this length.
+LONGEST = {"json": 1 << 17, "choice": 1 << 16, "regex": 1 << 16, "grammar": 1 << 15}
+MOST_CHOICES = 1000  # llguidance takes up to 2000 ways to go on
+LONGEST_REASON = 300  # characters of what llguidance says, which may repeat all of a grammar
+STACK_BYTES = 256 << 20  # of address space: llguidance goes down a chain of rules with a call for each
+_STACK_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +47,19 @@ class StructuredOutputsParams:
             choices = [] if isinstance(self.choice, str) else list(self.choice)
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise ValueError(f"choice is {self.choice!r}; it must be strings that are not empty")
+            if len(choices) > MOST_CHOICES:
+                raise ValueError(f"choice has {len(choices)} strings; it must have at most {MOST_CHOICES}")
             object.__setattr__(self, "choice", tuple(choices))
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a text")
         if self.json is not None:
             object.__setattr__(self, "json", self._schema(self.json))
+        for name, most in LONGEST.items():
+            value = getattr(self, name) or ""
+            size = len(value) if isinstance(value, str) else sum(map(len, value))
+            if size > most:
+                raise ValueError(f"{name} has {size} characters; it must have at most {most}")
 
     @staticmethod
     def _schema(schema: str | Mapping[str, Any]) -> str:
@@ -52,7 +67,7 @@ class StructuredOutputsParams:
         try:
             parsed = json.loads(schema) if isinstance(schema, str) else schema
             text = json.dumps(parsed)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"json is no JSON schema: {error}") from None
         if not isinstance(parsed, Mapping | bool):
             raise ValueError(f"json is {text[:80]}; it must be a JSON schema, an object")
@@ -96,8 +111,9 @@ class Grammars:
     def _compile(self, params: StructuredOutputsParams) -> Any:
         from llguidance import LLMatcher
 
+        tokenizer = self._tokenizer
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+            matcher = _on_deep_stack(lambda: LLMatcher(tokenizer, _grammar(params), log_level=0))
         except ValueError as error:
             raise ValueError(f"structured_outputs can't be followed: {_line(str(error))}") from None
         if matcher.is_error():
@@ -111,6 +127,19 @@ class Grammars:
         return LLTokenizer(
             TokenizerWrapper(self._words), n_vocab=self._vocabulary, eos_token=sorted(self._end_tokens) or None
         )
+
+
+def _on_deep_stack(work: Callable[[], Any]) -> Any:
+    """The result of some work that may call itself often: an overflow would end the process."""
+    with _STACK_LOCK:  # the size is that of all threads to come
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            pool = ThreadPoolExecutor(1, "pace-grammar")
+            future = pool.submit(work)
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return future.result()
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
@@ -128,8 +157,9 @@ def _grammar(params: StructuredOutputsParams) -> str:
 
 
 def _line(message: str) -> str:
-    """What llguidance says, without the state of its parser."""
-    return " ".join(message.partition("<state>")[0].split())
+    """What llguidance says, without the state of its parser or its program."""
+    line = " ".join(message.partition("<state>")[0].partition("<backtrace>")[0].split())
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} …"
 
 
 class _Words:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from .service import Exchange, as_api_errors
 logger = logging.getLogger("pace")
 
 Result = TypeVar("Result")
+LAST_WORDS_SECONDS = 1.0  # for a client to take what went wrong
+
 as_json = msgspec.json.Encoder().encode
 
 
@@ -49,7 +51,7 @@ class EventStream(Response):
     async def begin(cls, exchange: Exchange, events: AsyncGenerator[dict[str, Any]], receive: Receive) -> "EventStream":
         stream = cls(exchange, events, receive)
         try:
-            stream._first = await _unless(stream._gone, events.__anext__())
+            stream._first = await _in_time(exchange, stream._gone, events.__anext__())
         except BaseException:
             stream._gone.cancel()
             await events.aclose()
@@ -60,13 +62,17 @@ class EventStream(Response):
         outcome, reason = "cancelled", None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _unless(self._gone, self._pump(send))
+            await _in_time(self._exchange, self._gone, self._pump(send))
             outcome = "ok"
         except ClientGone:
             pass
-        except APIError as error:
-            outcome, reason = "error", error.message
-            await _event(send, as_json(error.body), more=False)
+        except Exception as error:
+            problem = error if isinstance(error, APIError) else APIError(500, f"{type(error).__name__}: {error}")
+            outcome, reason = "error", problem.message
+            with contextlib.suppress(TimeoutError):  # of a client that does not read
+                await asyncio.wait_for(_event(send, as_json(problem.body), more=False), LAST_WORDS_SECONDS)
+            if problem is not error:
+                raise  # to be logged
         finally:
             self._gone.cancel()
             await self._events.aclose()
@@ -95,7 +101,7 @@ async def answer(
             return await EventStream.begin(exchange, events, receive)
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
-            result = await _unless(gone, whole())
+            result = await _in_time(exchange, gone, whole())
         finally:
             gone.cancel()
     except APIError as error:
@@ -116,20 +122,23 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def _unless(gone: "asyncio.Future[None]", work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of some work, given up with ClientGone where the client goes first."""
+async def _in_time(exchange: Exchange, gone: "asyncio.Future[None]", work: Awaitable[Result]) -> Result:
+    """The result of some work, given up with ClientGone where the client goes first, or APIError where time is up."""
     task: asyncio.Future[Any] = asyncio.ensure_future(work)
+    seconds = exchange.service.config.request_seconds
     try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        left = max(seconds - exchange.meter.seconds, 0)
+        await asyncio.wait([task, gone], timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             result: Result = task.result()
             return result
-        raise ClientGone
+        if gone.done():
+            raise ClientGone
+        raise APIError(504, f"the request was not answered within {seconds:g} s", code="timeout")
     finally:
         if not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
@@ -167,7 +176,10 @@ def prompt_logprobs(progress: Progress) -> list[dict[str, Any] | None]:
 def check_end(piece: Piece) -> None:
     """APIError for a text that went wrong."""
     if piece.finish_reason in ("error", "cancelled"):
-        raise APIError(500, f"the text could not be finished: {piece.stop_reason or piece.finish_reason}")
+        theirs = str(piece.stop_reason).startswith("the grammar")  # as the sampler says of one that leads nowhere
+        raise APIError(
+            400 if theirs else 500, f"the text could not be finished: {piece.stop_reason or piece.finish_reason}"
+        )
 
 
 async def with_errors(events: AsyncGenerator[Result]) -> AsyncGenerator[Result]:

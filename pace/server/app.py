@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from .answers import JSON
 from .chat.tools import tool_use
@@ -33,7 +34,9 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    app.add_middleware(Guard, keys=config.keys, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(
+        Guard, keys=config.keys, max_body_bytes=config.max_body_bytes, body_seconds=config.request_seconds
+    )
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -45,26 +48,45 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-_ERRORS: dict[int | str, Any] = {
-    status: {"description": text}
-    for status, text in {
-        400: "The request can't be followed; the message says why.",
-        404: "There is no such model.",
-        413: "The body is too large.",
-        429: "The queue is full.",
-        503: "No engine is up.",
-    }.items()
+class Problem(BaseModel):
+    """What went wrong, in OpenAI's shape."""
+
+    class Error(BaseModel):
+        message: str
+        type: str
+        param: str | None
+        code: str | None
+
+    error: Error
+
+
+_WORDS: dict[int | str, str] = {
+    400: "The request can't be followed; the message says why.",
+    401: "The server asks for a key.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    429: "The queue is full.",
+    500: "The server is at fault.",
+    503: "No engine is up.",
+    504: "There was no time left to answer.",
+    "4XX": "The client is at fault.",  # said so that FastAPI does not name its own 422
+}
+_ERRORS: dict[int | str, Any] = {status: {"description": text, "model": Problem} for status, text in _WORDS.items()}
+_ANY: dict[str, Any] = {"schema": {}}
+_STREAMED = _ERRORS | {
+    200: {"description": "Whole, or as events.", "content": {"application/json": _ANY, "text/event-stream": _ANY}}
 }
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", responses=_ERRORS, tags=["OpenAI"])
+    @app.post("/v1/completions", responses=_STREAMED, tags=["OpenAI"])
     @app.post("/completions", include_in_schema=False)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Text that goes on from a prompt."""
         return await complete(service, request, body)
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, tags=["OpenAI"])
+    @app.post("/v1/chat/completions", responses=_STREAMED, tags=["OpenAI"])
     @app.post("/chat/completions", include_in_schema=False)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """The next turn of a chat."""
@@ -135,14 +157,14 @@ def _add_states(app: FastAPI, service: Service) -> None:
         """Whether the server is alive."""
         return JSON({"status": "ok"})
 
-    @app.get("/ready", responses=_ERRORS, tags=["State"])
+    @app.get("/ready", responses={503: {"description": "They are not."}}, tags=["State"])
     async def ready() -> Response:
         """Whether requests are taken."""
         engines = {str(engine.index): "up" if engine.up else "down" for engine in service.fleet.engines}
         status = "shutting down" if service.admission.closed else "ready" if service.ready else "not ready"
         return JSON({"status": status, "engines": engines}, 200 if service.ready else 503)
 
-    @app.get("/metrics", tags=["State"])
+    @app.get("/metrics", tags=["State"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")

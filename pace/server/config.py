@@ -45,6 +45,7 @@ class ServerConfig:
     threads: int | None = _flag(None, "Of each engine; else one a core.", "Machine")
     dtype: str = _flag("auto", "bfloat16, float32, or auto: the checkpoint's own.", "Machine")
     ops: str | None = _flag(None, 'The backend of each operator, {"mlp": "REFERENCE"}, or one for all.', "Machine")
+    stall_seconds: float = _flag(600.0, "For which an engine may be silent before it is started anew.", "Machine")
     cache: str = _flag("SLAB_POOL", "SLAB_POOL, PAGED, BMC or DYNAMIC.", "Cache and queue")
     kv_cache_bytes: int | None = _flag(
         None, "Of each engine; else a quarter of what is free for all.", "Cache and queue", "bytes"
@@ -81,8 +82,9 @@ class ServerConfig:
         for name in ("port", "max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "drain_seconds"):
             if getattr(self, name) < (0 if name in ("port", "drain_seconds") else 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if not self.request_seconds > 0:
-            raise ValueError(f"request_seconds is {self.request_seconds}; it must be above 0")
+        for name in ("request_seconds", "stall_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; the last is 65535")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from pace.errors import ModelError
 from pace.numa import Place
 from pace.partition import union
 
-from .node import Ended, Loaded, NodeSettings, Report, Start, Started
+from .node import Ended, Failed, Loaded, NodeSettings, Report, Start, Started
 from .protocol import (
     Cancel,
     Embed,
@@ -43,9 +44,10 @@ from .router import Bearer, chain_of, choose
 
 logger = logging.getLogger("pace")
 
-FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds before an engine is started anew, doubled each time it ends too soon
-STEADY_SECONDS = 10.0  # that an engine must have been up for, to be started anew at once
+FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds before a process is started anew, doubled each time it ends too soon
+STEADY_SECONDS = 10.0  # that it must have been up for, to be started anew at once
 WAIT_SECONDS = 10.0  # for an engine, where none is up
+WATCH_SECONDS = 1.0  # between two looks at who has fallen silent
 
 
 class EngineLost(RuntimeError):
@@ -60,18 +62,43 @@ class RequestRefused(ValueError):
     """The engine says why."""
 
 
+class RequestFailed(RuntimeError):
+    """The engine is at fault, and goes on."""
+
+
 class EngineBusy(RuntimeError):
     """The engine's queue is full."""
 
 
-class TimedOut(RuntimeError):
-    """The request has had its time."""
+class ShuttingDown(RuntimeError):
+    """The fleet is closed."""
+
+
+_REFUSALS = {"refused": RequestRefused, "failed": RequestFailed, "busy": EngineBusy}
 
 
 class Meter(Protocol):
     """Is told of a request's news as they arrive, whoever reads them when."""
 
     def tick(self, news: Progress | Embedded) -> None: ...
+
+
+@dataclass
+class _Patience:
+    """How long to wait before a process is started anew."""
+
+    up_since: float | None = None
+    delay: float = 0.0
+
+    def after_end(self) -> float:
+        """Seconds: none after one that was up for long, more each time after others."""
+        steady = self.up_since is not None and time.monotonic() - self.up_since > STEADY_SECONDS
+        self.delay = 0.0 if steady else min(max(self.delay * 2, FIRST_DELAY), LAST_DELAY)
+        self.up_since = None
+        return self.delay
+
+    def is_up(self) -> None:
+        self.up_since = time.monotonic()
 
 
 @dataclass
@@ -83,23 +110,26 @@ class Engine:
     up: bool = False
     pid: int | None = None
     restarts: int = -1  # the first start is none
-    began: float = 0.0
-    delay: float = FIRST_DELAY
+    silent: float = 0.0  # seconds for which it had requests and said nothing
+    failure: str | None = None  # what it said at its end
+    patience: _Patience = field(default_factory=_Patience)
     stats: EngineStats | None = None
     calls: dict[str, "Call"] = field(default_factory=dict)
-    wishes: "zmq.asyncio.Socket | None" = None
+    wishes: "zmq.Socket[bytes] | None" = None
     listening: "asyncio.Task[None] | None" = None
-
     first_up: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def index(self) -> int:
         return self.bearer.index
 
-    def fail_start(self, reason: str) -> None:
-        if not self.first_up.done():
-            self.first_up.set_exception(ModelError(reason))
-            self.first_up.exception()  # of several, one is told
+    def fail_start(self, reason: str) -> bool:
+        """What is wrong with it; whether it has never been up."""
+        if self.first_up.done():
+            return False
+        self.first_up.set_exception(ModelError(reason))
+        self.first_up.exception()  # of several, one is told
+        return True
 
 
 @dataclass
@@ -108,21 +138,18 @@ class _Node:
 
     engines: list[Engine]
     process: asyncio.subprocess.Process | None = None
+    patience: _Patience = field(default_factory=_Patience)
 
 
 class Call:
     """One request at one engine: its news on the way to who asked, what was not read yet as one."""
 
-    def __init__(
-        self, wish: Generate | Embed, engine: Engine, deadline: float | None = None, meter: Meter | None = None
-    ) -> None:
+    def __init__(self, wish: Generate | Embed, engine: Engine, meter: Meter | None = None) -> None:
         self.wish, self.engine, self._meter = wish, engine, meter
         self._unread: list[Progress | Embedded] = []
         self._error: Exception | None = None
         self._bell = asyncio.Event()
         self.over = False
-        loop = asyncio.get_running_loop()
-        self._alarm = None if deadline is None else loop.call_at(deadline, self._time_out)
 
     def put(self, news: Progress | Embedded) -> None:
         if self._meter is not None:
@@ -131,29 +158,22 @@ class Call:
         self._unread.append(news)
         self._bell.set()
 
-    def close(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-
-    def _time_out(self) -> None:
-        if not self.over:
-            self.fail(TimedOut("the request was not answered in time"))
-            self.over = False  # the engine does not know yet
-
     def fail(self, error: Exception) -> None:
-        self._error, self.over = error, True
-        self._bell.set()
+        if not self.over:
+            self._error, self.over = error, True
+            self._bell.set()
 
-    async def next(self) -> Progress | Embedded:
-        await self._bell.wait()
-        unread, self._unread = self._unread, []
-        if not unread:
-            assert self._error is not None
-            raise self._error
-        if self._error is None:
+    async def next(self, whole: bool) -> Any:
+        """What came since this was last called; with `whole`, all of it once it is over. Raises what went wrong, where
+        there is nothing left to read.
+        """
+        while not (self.over if whole else self.over or self._unread):
             self._bell.clear()
-        news: Progress | Embedded = merged(unread)
-        return news
+            await self._bell.wait()
+        if self._error is not None and (whole or not self._unread):
+            raise self._error
+        unread, self._unread = self._unread, []
+        return merged(unread)
 
 
 def merged(news: Sequence[Any]) -> Any:
@@ -181,11 +201,17 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 class Fleet:
     """`settings` are the same for all nodes but for their place; groups: the places of each node's engines, None for
-    one engine wherever the system puts it.
+    one engine wherever the system puts it; stall_seconds: for which an engine may have requests and say nothing.
     """
 
-    def __init__(self, settings: NodeSettings, groups: Sequence[Sequence[Place | None]], sticky: bool = True) -> None:
-        self._settings, self._sticky = settings, sticky
+    def __init__(
+        self,
+        settings: NodeSettings,
+        groups: Sequence[Sequence[Place | None]],
+        sticky: bool = True,
+        stall_seconds: float = 600.0,
+    ) -> None:
+        self._settings, self._sticky, self._stall_seconds = settings, sticky, stall_seconds
         numbers = count()
         self._nodes = [_Node([Engine(Bearer(next(numbers)), place) for place in group]) for group in groups]
         self.engines = [engine for node in self._nodes for engine in node.engines]
@@ -199,24 +225,18 @@ class Fleet:
     # --- requests ---
 
     async def generate(
-        self, wish: Generate, whole: bool = False, seconds: float | None = None, meter: Meter | None = None
+        self, wish: Generate, whole: bool = False, meter: Meter | None = None
     ) -> AsyncGenerator[Progress]:
         """What comes of a request; with `whole`, all of it at once. Leaving the iteration cancels the request.
 
-        A request whose engine is lost before anything came of it is given to another, once. RequestRefused, EngineBusy,
-        NoEngine, EngineLost; TimedOut after that many seconds.
+        A request whose engine is lost before anything came of it is given to another, once: it may be what ends them.
+        RequestRefused, RequestFailed, EngineBusy, NoEngine, EngineLost, ShuttingDown.
         """
-        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
-        may_repeat = True
-        while True:
-            call = await self._call(wish, deadline, meter)
-            unread: list[Progress | Embedded] = []
+        for may_repeat in (True, False):
+            call = await self._call(wish, meter)
             try:
-                while not call.over or unread or not whole:
-                    unread.append(await call.next())
-                    if whole and not call.over:
-                        continue
-                    news, unread = merged(unread), []
+                while True:
+                    news: Progress = await call.next(whole)
                     may_repeat = False
                     yield news
                     if news.finished:
@@ -224,103 +244,122 @@ class Fleet:
             except EngineLost:
                 if not may_repeat:
                     raise
-                may_repeat = False
             finally:
                 self._leave(call)
 
-    async def embed(self, wish: Embed, seconds: float | None = None, meter: Meter | None = None) -> Embedded:
+    async def embed(self, wish: Embed, meter: Meter | None = None) -> Embedded:
         """Raises as generate does."""
-        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
-        for last_try in (False, True):
-            call = await self._call(wish, deadline, meter)
+        for may_repeat in (True, False):
+            call = await self._call(wish, meter)
             try:
-                embedded = await call.next()
-                assert isinstance(embedded, Embedded)
+                embedded: Embedded = await call.next(whole=True)
                 return embedded
             except EngineLost:
-                if last_try:
+                if not may_repeat:
                     raise
             finally:
                 self._leave(call)
         raise AssertionError
 
-    async def _call(self, wish: Generate | Embed, deadline: float | None, meter: Meter | None) -> Call:
+    async def _call(self, wish: Generate | Embed, meter: Meter | None) -> Call:
         if not self._someone_up.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._someone_up.wait(), WAIT_SECONDS)
+        if self._closing:
+            raise ShuttingDown("the server is shutting down")
         up = {engine.index: engine for engine in self.engines if engine.up}
         if not up:
             raise NoEngine("no engine is up: try again later")
         chain = chain_of(wish.prompt) if self._sticky and len(self.engines) > 1 else []
-        bearer = choose([engine.bearer for engine in up.values()], len(wish.prompt), chain)
-        engine = up[bearer.index]
+        engine = up[choose([engine.bearer for engine in up.values()], len(wish.prompt), chain).index]
         wish = msgspec.structs.replace(wish, id=f"{wish.id}.{next(self._names)}")
-        call = engine.calls[wish.id] = Call(wish, engine, deadline, meter)
-        bearer.take(len(wish.prompt), chain)
-        await self._send(engine, wish)
+        self._send(engine, wish)
+        engine.bearer.take(len(wish.prompt), chain)
+        call = engine.calls[wish.id] = Call(wish, engine, meter)
         return call
 
     def _leave(self, call: Call) -> None:
-        call.close()
         engine = call.engine
         if engine.calls.pop(call.wish.id, None) is None:  # it was lost with its engine
             return
         engine.bearer.release(len(call.wish.prompt))
-        if not call.over and engine.up:
-            self._spawn(self._send(engine, Cancel(call.wish.id)))
+        if not call.over:
+            self._send(engine, Cancel(call.wish.id))
 
-    async def _send(self, engine: Engine, wish: Wish) -> None:
-        if engine.wishes is not None:
-            with contextlib.suppress(zmq.ZMQError):
-                await engine.wishes.send(encode([wish]))
+    def _send(self, engine: Engine, wish: Wish) -> None:
+        """Never waits: the socket is the side that connects, and keeps what an engine does not take."""
+        assert engine.wishes is not None
+        engine.wishes.send(encode([wish]), zmq.NOBLOCK)
 
     # --- processes ---
 
     async def start(self) -> None:
         """Until all engines are up. ModelError where the model can't be loaded, or an engine ends while it begins."""
-        for node in self._nodes:
-            self._spawn(self._keep(node))
-        await asyncio.gather(*(engine.first_up for engine in self.engines))
+        self._spawn(self._watch())
+        keepers = [self._spawn(self._keep(node)) for node in self._nodes]
+        up: asyncio.Future[Any] = asyncio.gather(*(engine.first_up for engine in self.engines))
+        await asyncio.wait([up, *keepers], return_when=asyncio.FIRST_COMPLETED)
+        for keeper in keepers:
+            if keeper.done():
+                keeper.result()
+        await up
 
     async def close(self) -> None:
-        """End all processes, and what waits for them."""
+        """End all processes, at once: they hold nothing that would have to be kept. Who waits is told."""
         self._closing = True
-        for node in self._nodes:
-            if node.process is not None and node.process.stdin is not None:
-                node.process.stdin.close()  # which it takes as the end
+        self._someone_up.set()
+        for engine in self.engines:
+            self._kill(engine)
+            self._lose(engine, ShuttingDown("the server is shutting down"))
         for node in self._nodes:
             if node.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    node.process.kill()
                 await node.process.wait()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for engine in self.engines:
-            self._lose(engine, "the server ends")
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the server's own failed", exc_info=error)
 
     async def _keep(self, node: _Node) -> None:
         """Have a node's process run, and another after it."""
-        delay = FIRST_DELAY
         while not self._closing:
-            node.process = await self._launch(node)
-            assert node.process.stdout is not None
-            async for line in node.process.stdout:
-                self._heed(node, msgspec.json.decode(line, type=Report))
-            status = await node.process.wait()
+            try:
+                why = f"the process that holds the weights ended with {await self._run(node)}"
+            except OSError as error:
+                why = f"the process that holds the weights can't be started: {error}"
+            if self._closing:
+                return
             for engine in node.engines:
-                self._lose(engine, f"the process that holds its weights ended with {status}")
-            if not self._closing:
-                logger.error("a node's process ended with %d: it is started again in %.1f s", status, delay)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, LAST_DELAY)
+                self._kill(engine)  # it has ended with its node, if it could
+                self._lose(engine, EngineLost(f"engine {engine.index} was lost: {why}"))
+            if any([engine.fail_start(why) for engine in node.engines]):
+                return
+            delay = node.patience.after_end()
+            logger.error("%s; another begins in %.1f s", why, delay)
+            await asyncio.sleep(delay)
+
+    async def _run(self, node: _Node) -> int:
+        """A node's process from its beginning to its end; its exit status."""
+        process = node.process = await self._launch(node)
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if line.endswith(b"\n"):  # all of it was written
+                self._heed(node, msgspec.json.decode(line, type=Report))
+        return await process.wait()
 
     async def _launch(self, node: _Node) -> asyncio.subprocess.Process:
         home = str(Path(__file__).parents[2])  # where this package is
@@ -345,41 +384,56 @@ class Fleet:
     def _heed(self, node: _Node, report: Report) -> None:
         match report:
             case Loaded(error=str(error)):
-                logger.error("the model can't be loaded: %s", error)
-                for engine in node.engines:
-                    engine.fail_start(error)
+                if not any([engine.fail_start(error) for engine in node.engines]):
+                    logger.error("the model can't be loaded: %s", error)
             case Loaded():
+                node.patience.is_up()
                 for engine in node.engines:
                     self._begin(node, engine)
             case Started(engine=index, pid=pid):
                 self.engines[index].pid = pid
-            case Ended(pid=pid, status=status):
-                for engine in node.engines:
-                    if engine.pid == pid:
-                        self._spawn(self._renew(node, engine, status))
+            case Failed(engine=index, reason=reason):
+                self.engines[index].failure = reason
+            case Ended(engine=index, status=status) if not self._closing:
+                engine = self.engines[index]
+                why = engine.failure or f"its process ended with {status}"
+                self._lose(engine, EngineLost(f"engine {index} was lost: {why}"))
+                if not engine.fail_start(f"engine {index} could not begin: {why}"):
+                    self._spawn(self._renew(node, engine, why))
+
+    async def _renew(self, node: _Node, engine: Engine, why: str) -> None:
+        """Another process for an engine whose own has ended."""
+        process, delay = node.process, engine.patience.after_end()
+        logger.error("engine %d: %s; another begins in %.1f s", engine.index, why, delay)
+        await asyncio.sleep(delay)
+        if node.process is process and process is not None and process.returncode is None:
+            self._begin(node, engine)  # else the node begins anew, with all its engines
 
     def _begin(self, node: _Node, engine: Engine) -> None:
         """A new process for an engine, which says Ready when it is."""
         assert node.process is not None
         engine.restarts += 1
-        engine.began = time.monotonic()
+        engine.silent, engine.failure = 0.0, None
         stem = f"ipc://{self._folder}/{engine.index}.{engine.restarts}"
         start = Start(engine.index, engine.place, f"{stem}.wishes", f"{stem}.news")
-        engine.wishes, news = self._bound(zmq.PUSH, start.wishes), self._bound(zmq.PULL, start.news)
+        engine.wishes = self._socket(zmq.PUSH, zmq.Socket)
+        engine.wishes.connect(start.wishes)
+        news = self._socket(zmq.PULL, zmq.asyncio.Socket)
+        news.bind(start.news)
         engine.listening = self._spawn(self._listen(engine, news))
         self._command(node.process, start)
 
-    def _bound(self, kind: int, address: str) -> "zmq.asyncio.Socket":
-        socket = self._context.socket(kind)
+    def _socket(self, kind: int, of: type) -> Any:
+        socket = self._context.socket(kind, of)
         socket.set_hwm(0)
         socket.linger = 0
-        socket.bind(address)
         return socket
 
     async def _listen(self, engine: Engine, socket: "zmq.asyncio.Socket") -> None:
         try:
             while True:
                 for news in decode_news(await socket.recv()):
+                    engine.silent = 0.0
                     self._take(engine, news)
         finally:
             socket.close()
@@ -389,32 +443,40 @@ class Fleet:
             case Progress(id=name) | Embedded(id=name) if name in engine.calls:
                 engine.calls[name].put(news)
             case Refused(id=name) if name in engine.calls:
-                error = EngineBusy if news.queue_full else RequestRefused
-                engine.calls[name].fail(error(news.reason))
+                engine.calls[name].fail(_REFUSALS[news.kind](news.reason))
             case Load():
                 engine.stats = news.stats
             case Ready():
                 engine.up, engine.bearer.capacity = True, news.capacity_tokens
+                engine.patience.is_up()
                 self._someone_up.set()
                 if not engine.first_up.done():
                     engine.first_up.set_result(None)
                 logger.info("engine %d is up, process %s", engine.index, engine.pid)
 
-    async def _renew(self, node: _Node, engine: Engine, status: int) -> None:
-        """After the end of an engine's process: its requests are told, and another begins."""
-        why = f"its process ended with {status}"
-        if not engine.first_up.done():
-            engine.fail_start(f"engine {engine.index} could not begin: {why}")
-        lived = time.monotonic() - engine.began if engine.up else 0.0
-        self._lose(engine, why)
-        engine.delay = 0.0 if lived > STEADY_SECONDS else min(max(engine.delay * 2, FIRST_DELAY), LAST_DELAY)
-        process = node.process
-        logger.error("engine %d: %s; another begins in %.1f s", engine.index, why, engine.delay)
-        await asyncio.sleep(engine.delay)
-        if node.process is process:  # else the node has begun anew, with all its engines
-            self._begin(node, engine)
+    async def _watch(self) -> None:
+        """End engines that hang, so that others begin. An engine that works says so after each step.
 
-    def _lose(self, engine: Engine, why: str) -> None:
+        Looks are counted, not time: where this process itself stood still, an engine has had no time to be heard.
+        """
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for engine in self.engines:
+                if not engine.calls:
+                    continue
+                engine.silent += WATCH_SECONDS
+                if engine.silent > self._stall_seconds:
+                    engine.failure = f"it has said nothing for {self._stall_seconds:g} s"
+                    self._kill(engine)
+
+    @staticmethod
+    def _kill(engine: Engine) -> None:
+        if engine.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine.pid, signal.SIGKILL)
+
+    def _lose(self, engine: Engine, error: Exception) -> None:
+        """Its process has ended, or will: its requests are told."""
         engine.up, engine.pid, engine.stats = False, None, None
         if engine.listening is not None:
             engine.listening.cancel()
@@ -422,9 +484,8 @@ class Fleet:
             engine.wishes.close()
             engine.wishes = None
         for call in engine.calls.values():
-            if not call.over:
-                call.fail(EngineLost(f"engine {engine.index} was lost: {why}"))
+            call.fail(error)
         engine.calls.clear()
         engine.bearer.forget()
-        if not any(other.up for other in self.engines):
+        if not self._closing and not any(other.up for other in self.engines):
             self._someone_up.clear()

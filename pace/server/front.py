@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from pace import isa
+from pace import host, isa
 from pace.engine.tokenizer import Tokenizer
 from pace.models import open_checkpoint
 from pace.models.hub import resolve
@@ -23,6 +23,7 @@ from .admission import Admission
 from .app import create_app
 from .chat.formats import detect, override
 from .config import ServerConfig
+from .connections import IDLE_SECONDS, Connection, allow_many
 from .fleet import Fleet
 from .log import Handler
 from .metrics import Metrics
@@ -42,8 +43,10 @@ def serve(config: ServerConfig) -> None:
     ValueError, OSError.
     """
     OperatorConfig.parse(config.ops)
+    allow_many()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one at a time, and processes are forked
     groups = places(config)
+    _check_memory(config, sum(map(len, groups)))
     with _listening(config) as listener, asyncio.Runner(loop_factory=_event_loop) as runner:
         runner.run(_Front(config, groups, listener).run())
 
@@ -57,6 +60,15 @@ def places(config: ServerConfig) -> list[list[Place | None]]:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, leftover(machine, mine, found))
     return [list(group) for group in by_node(machine, found)]
+
+
+def _check_memory(config: ServerConfig, engines: int) -> None:
+    """The system may promise more than there is, and end an engine when it takes it."""
+    memory, asked = host.describe().memory_bytes, config.kv_cache_bytes or 0
+    if memory is not None and asked * engines > memory:
+        raise ValueError(
+            f"kv_cache_bytes is {asked} for each of {engines} engines; this machine has {memory} bytes: give less"
+        )
 
 
 def _listening(config: ServerConfig) -> socket.socket:
@@ -90,7 +102,7 @@ def open_service(config: ServerConfig, groups: list[list[Place | None]]) -> Serv
     config.keys  # noqa: B018 (said now, if it can't be read)
     tracing = None if config.otlp_endpoint is None else _tracing(config.otlp_endpoint)
     admission = Admission(config.max_waiting, config.max_waiting_tokens)
-    fleet = Fleet(_settings(config, groups), groups, sticky=_caches_prefixes(config))
+    fleet = Fleet(_settings(config, groups), groups, _caches_prefixes(config), config.stall_seconds)
     metrics = Metrics(fleet.engines, admission)
     return Service(config, tokenizer, format, fleet, admission, metrics, positions, tracing)
 
@@ -180,12 +192,20 @@ class _Front:
                 lifespan="off",
                 ws="none",
                 server_header=False,
-                timeout_keep_alive=75,
+                http=Connection,
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=1,  # of those that have been cut off, and still read nothing
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
             )
         )
-        server.config.load()  # what is wrong with certificates is said before a model is loaded
+        try:
+            server.config.load()  # what is wrong with certificates is said before a model is loaded
+        except OSError as error:
+            names = f"{config.tls_cert} with {config.tls_key}"
+            raise OSError(
+                f"{names} can't be used as a certificate and its key ({error.strerror}): give PEM files"
+            ) from None
         return server
 
     def _announce(self, service: Service) -> None:
@@ -213,7 +233,6 @@ class _Front:
         if admission.in_flight:
             logger.warning("%d requests are cut off", admission.in_flight)
             await service.fleet.close()  # who waits gets an error
-            await asyncio.sleep(0.2)
         server.should_exit = True
 
 

@@ -1,5 +1,6 @@
-"""What every request goes through before a route sees it, as plain ASGI: an id, the key, the size of the body."""
+"""What every request goes through before a route sees it, as plain ASGI: an id, the key, the body's size and time."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -21,14 +22,15 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/ready")  # for those who look after the server, and hold no key
+_LAST = {"Connection": "close"}  # what is left of a body is not waited for
 _ID = re.compile(r"[!-~]{1,128}")
 
 
 class Guard:
     """keys: none for a server that is open to whoever reaches it."""
 
-    def __init__(self, app: App, keys: Sequence[str], max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: App, keys: Sequence[str], max_body_bytes: int, body_seconds: float) -> None:
+        self._app, self._max_body_bytes, self._body_seconds = app, max_body_bytes, body_seconds
         self._keys = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,14 +71,22 @@ class Guard:
 
     def _check_length(self, size: int) -> None:
         if size > self._max_body_bytes:
-            raise APIError(413, f"the body is larger than {self._max_body_bytes} bytes", code="request_too_large")
+            message = f"the body is larger than {self._max_body_bytes} bytes"
+            raise APIError(413, message, code="request_too_large", headers=_LAST)
 
     def _counted(self, receive: Receive) -> Receive:
-        seen = 0
+        seen, more = 0, True
+        deadline = asyncio.get_running_loop().time() + self._body_seconds
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, more
+            try:
+                async with asyncio.timeout_at(deadline if more else None):
+                    message = await receive()
+            except TimeoutError:
+                problem = f"the body did not come within {self._body_seconds:g} s"
+                raise APIError(408, problem, code="timeout", headers=_LAST) from None
+            more = message.get("more_body", False)
             seen += len(message.get("body", b""))
             self._check_length(seen)
             return message

@@ -2,23 +2,30 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 
-class Handler(logging.StreamHandler[TextIO]):
-    """lost: is called for a line that could not be written."""
+class Handler(logging.Handler):
+    """To stderr, without a buffer, which would fail once more when the process ends. lost: is called for a line that
+    could not be written.
+    """
 
     def __init__(self, as_json: bool, lost: Callable[[], None]) -> None:
-        super().__init__(sys.stderr)
+        super().__init__()
         self._lost = lost
         self.setFormatter(_JSONLine() if as_json else _Line())
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        self._lost()
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        try:
+            os.write(sys.stderr.fileno(), line)
+        except OSError:
+            self._lost()
 
 
 def figures_of(record: logging.LogRecord) -> dict[str, Any]:

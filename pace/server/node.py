@@ -1,21 +1,24 @@
 """A process that loads a model once and forks an engine from it for each place: they all read the same weights.
 
-Front → node: a line of JSON for each engine to start, on stdin. Node → front: Loaded, then Ended for each engine
-whose process is gone, on stdout. An engine that dies is forked anew, with nothing to load. Where stdin ends, the front
+Front → node: a line of JSON for each engine to start, on stdin. Node → front: Loaded, then Started and Ended for each
+engine's process, on stdout. An engine that dies is forked anew, with nothing to load. Where stdin ends, the front
 process has gone, and so go the engines.
 """
 
+import ctypes
 import gc
 import logging
 import os
 import selectors
 import signal
+import sys
 import threading
 from contextlib import suppress
 from typing import Any, NoReturn
 
 import msgspec
 
+from pace.engine.engine import Engine
 from pace.engine.loader import LoadedModel, default_cache_bytes, load_shared
 from pace.numa import Place, occupy
 
@@ -52,27 +55,38 @@ class Started(msgspec.Struct, tag=True, frozen=True):
     pid: int
 
 
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """Said by an engine that can't begin, before its process ends."""
+
+    engine: int
+    reason: str
+
+
 class Ended(msgspec.Struct, tag=True, frozen=True):
     """status: as os.waitstatus_to_exitcode gives it, below zero for a signal."""
 
-    pid: int
+    engine: int
     status: int
 
 
-Report = Loaded | Started | Ended
+Report = Loaded | Started | Failed | Ended
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LONGEST_REASON = 1000  # characters: lines of several processes must not mix in the pipe
 
 
 def main() -> None:
     """The node's process. Signals are the front process's to act on; in a terminal all processes get them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
     commands, reports = os.fdopen(0, "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever prints something prints it beside the logs
     settings = msgspec.json.decode(_line(commands), type=NodeSettings)
     try:
         loaded = _load(settings)
     except (ValueError, OSError, MemoryError) as error:
-        _report(reports, Loaded(str(error) or type(error).__name__))
+        _report(reports, Loaded(_reason(error)))
         return
     gc.collect()
     gc.freeze()  # or a collection in an engine would write to every object, and copy its page
@@ -92,7 +106,7 @@ class _Node:
         self._options = settings.engine
         if self._options.get("kv_cache_bytes") is None:  # once: an engine that begins anew gets no less
             self._options = self._options | {"kv_cache_bytes": default_cache_bytes() // settings.engines}
-        self._engines: set[int] = set()
+        self._engines: dict[int, int] = {}  # by process
         self._life, self._held = os.pipe()  # the engines see its end when this process ends
 
     def run(self) -> None:
@@ -114,10 +128,15 @@ class _Node:
                         self._end()
 
     def _start(self, start: Start) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _report(self._reports, Failed(start.engine, f"no process can be forked for it: {_reason(error)}"))
+            _report(self._reports, Ended(start.engine, 1))
+            return
         if pid == 0:
             self._become(start)
-        self._engines.add(pid)
+        self._engines[pid] = start.engine
         _report(self._reports, Started(start.engine, pid))
 
     def _become(self, start: Start) -> NoReturn:
@@ -126,18 +145,32 @@ class _Node:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for kept in (self._commands, self._reports):
-                kept.close()
+            self._commands.close()
             os.close(self._held)
             _end_with(self._life)
+            _die_with_parent()
             if start.place is not None:
                 occupy(start.place)
-            work(self.loaded.engine(**self._options), start.wishes, start.news)
+            engine = self._engine(start.engine)
+            self._reports.close()
+            work(engine, start.wishes, start.news)
             status = 0
+        except SystemExit:
+            pass
         except BaseException:
             logger.exception("engine %d ends", start.engine)
         finally:
             os._exit(status)
+
+    def _engine(self, index: int) -> Engine:
+        try:
+            return self.loaded.engine(**self._options)
+        except (ValueError, OSError, MemoryError) as error:
+            reason = _reason(error)
+            if isinstance(error, MemoryError) and "kv_cache_bytes" not in reason:
+                reason += f": kv_cache_bytes is {self._options['kv_cache_bytes']}; give less"
+            _report(self._reports, Failed(index, reason))
+            raise SystemExit from None
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):
@@ -145,8 +178,7 @@ class _Node:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     return
-                self._engines.discard(pid)
-                _report(self._reports, Ended(pid, os.waitstatus_to_exitcode(status)))
+                _report(self._reports, Ended(self._engines.pop(pid), os.waitstatus_to_exitcode(status)))
 
     def _end(self) -> NoReturn:
         for pid in self._engines:
@@ -163,6 +195,20 @@ def _end_with(life: int) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="pace-life", daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Where the system can do that, also for a process that is stopped, or too busy to see a pipe's end."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
 
 
 def _line(stream: Any) -> bytes:

@@ -4,7 +4,7 @@ Front → engine: Generate, Embed, Cancel. Engine → front: Ready, Refused, Pro
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -41,11 +41,13 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A request that was not taken; `queue_full` where the same request may be taken later."""
+    """A request that was not taken: refused for what it asks, failed for the engine's fault, or busy where the same
+    request may be taken later.
+    """
 
     id: str
     reason: str
-    queue_full: bool = False
+    kind: Literal["refused", "failed", "busy"] = "refused"
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):

@@ -3,6 +3,7 @@
 A field that is not here is refused by name. One that is here has an effect, or takes only the value that has none.
 """
 
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,10 +12,11 @@ from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
 INT64 = 2**63 - 1
-DEPTH = 100  # of what is in one field
+DEEPEST = 100  # levels of lists and objects
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Integer = Annotated[int, Field(ge=-INT64 - 1, le=INT64)]
+Stop = Annotated[str, Field(max_length=1024)]  # looked for at each token, as are those below
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Label = Annotated[str, Field(max_length=512)]  # goes to the log, as what is in Labels does
 Labels = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
@@ -25,25 +27,23 @@ class Schema(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _can_be_passed_on(cls, value: Any) -> Any:
+    def _is_sound(cls, value: Any) -> Any:
         _check(value)
         return value
 
 
-def _check(value: Any, depth: int = 0) -> None:
-    """ValueError for what JSON can say, and what comes after it can't."""
-    if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+def _check(value: Any) -> None:
+    """ValueError for half of a surrogate pair, or for what is nested so deep that who walks it would stumble."""
+    level = [value]
+    for _ in range(DEEPEST):
+        texts = [each for each in level if isinstance(each, str) and not each.isascii()]
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
             raise ValueError("a text in it is not Unicode: half of a surrogate pair")
-    elif depth == DEPTH:
-        raise ValueError(f"it is nested more than {DEPTH} deep")
-    elif isinstance(value, dict):
-        for pair in value.items():
-            for item in pair:
-                _check(item, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check(item, depth + 1)
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in inner for item in (chain(*each.items()) if isinstance(each, dict) else each)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
 
 
 class StreamOptions(Schema):
@@ -103,12 +103,12 @@ class Sampled(Schema):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=INT64)] | None = 1
     seed: Integer | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     temperature: Number | None = None
     top_p: Number | None = None
     frequency_penalty: Number | None = 0.0
     presence_penalty: Number | None = 0.0
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
     user: Label | None = None
     """Kept in the log line."""
     # --- as vLLM has them ---
@@ -118,8 +118,8 @@ class Sampled(Schema):
     typical_p: Number | None = None
     repetition_penalty: Number | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = 0
-    stop_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=4096)] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=1024)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

@@ -18,7 +18,7 @@ from .admission import BYTES_PER_TOKEN, Admission, Ticket
 from .chat.formats import Format
 from .config import ServerConfig
 from .errors import APIError
-from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestRefused, TimedOut
+from .fleet import EngineBusy, EngineLost, Fleet, NoEngine, RequestFailed, RequestRefused, ShuttingDown
 from .metrics import Metrics, RequestMeter
 from .protocol import Embed, Embedded, Generate, Progress, fields_of
 from .schemas import EmbeddingRequest, Sampled, field_of
@@ -97,9 +97,8 @@ class Exchange:
 
     async def _stream(self, number: int, wish: Generate, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         """A seed for the n-th text is the engine's to spread; a prompt's own is what it was given."""
-        seconds = self.service.config.request_seconds
         try:
-            async with aclosing(self.service.fleet.generate(wish, whole, seconds, self.meter)) as news:
+            async with aclosing(self.service.fleet.generate(wish, whole, self.meter)) as news:
                 async for progress in news:
                     self._see_pieces(number, progress)
                     if progress.finished:
@@ -112,13 +111,10 @@ class Exchange:
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
         self._check_lengths(prompts)
         self._see_prompts(prompts)
-        seconds, fields = (
-            self.service.config.request_seconds,
-            {"pooling": params.pooling, "normalize": params.normalize},
-        )
+        fields = {"pooling": params.pooling, "normalize": params.normalize}
         tasks = [
             asyncio.ensure_future(
-                self.service.fleet.embed(Embed(f"{self.request_id}.{i}", prompt, fields, priority), seconds, self.meter)
+                self.service.fleet.embed(Embed(f"{self.request_id}.{i}", prompt, fields, priority), self.meter)
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -213,8 +209,10 @@ def as_api_errors() -> Iterator[None]:
         raise APIError(503, str(error), code="no_engine", retry_after=5) from None
     except EngineLost as error:
         raise APIError(500, str(error), code="engine_lost") from None
-    except TimedOut as error:
-        raise APIError(504, str(error), code="timeout") from None
+    except ShuttingDown as error:
+        raise APIError(503, str(error), code="shutting_down", retry_after=5) from None
+    except RequestFailed as error:
+        raise APIError(500, str(error)) from None
     except ValueError as error:
         raise APIError(400, str(error), param=field_of(str(error))) from None
 

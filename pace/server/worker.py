@@ -1,9 +1,11 @@
 """An engine in a process of its own: wishes come in over one socket, news goes out over another.
 
-The main thread alone touches the engine. A second one reads wishes and makes requests of them, which may take a while
-(a grammar to compile), so that no step waits for that.
+The main thread alone touches the engine. A second one reads wishes and makes requests of them, so that no step waits
+for that; a third makes those that have a grammar to compile, which may take a while, so that no other request waits.
 """
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from .protocol import (
     Cancel,
     Embed,
     Embedded,
+    Generate,
     Load,
     News,
     Piece,
@@ -32,21 +35,24 @@ from .protocol import (
     sampling_params,
 )
 
+logger = logging.getLogger("pace")
+
 LOAD_SECONDS = 0.25  # between two reports of how the engine is doing
 
 
 def work(engine: Engine, wishes: str, news: str) -> None:
     """Serve the front process at these two addresses; never returns."""
     context = zmq.Context()
-    with _connected(context, zmq.PULL, wishes) as inlet, _connected(context, zmq.PUSH, news) as outlet:
+    with _socket(context, zmq.PULL) as inlet, _socket(context, zmq.PUSH) as outlet:
+        inlet.bind(wishes)
+        outlet.connect(news)
         _Worker(engine, inlet, outlet).run()
 
 
-def _connected(context: "zmq.Context[Any]", kind: int, address: str) -> "zmq.Socket[bytes]":
+def _socket(context: "zmq.Context[Any]", kind: int) -> "zmq.Socket[bytes]":
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.set_hwm(0)  # nothing is dropped, and no step waits for a reader
     socket.linger = 0
-    socket.connect(address)
     return socket
 
 
@@ -54,12 +60,14 @@ class _Worker:
     def __init__(self, engine: Engine, inlet: "zmq.Socket[bytes]", outlet: "zmq.Socket[bytes]") -> None:
         self.engine, self._inlet, self._outlet = engine, inlet, outlet
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._slow: SimpleQueue[Wish] = SimpleQueue()
         self._requests: dict[str, Request] = {}
         self._news: list[News] = [Ready(engine.cache.stats().capacity_tokens)]
         self._reported = 0.0
 
     def run(self) -> None:
-        threading.Thread(target=self._read, name="pace-wishes", daemon=True).start()
+        for work in (self._read, self._compile):
+            threading.Thread(target=_to_the_end, args=(work,), name=f"pace{work.__name__}", daemon=True).start()
         while True:
             self._report()
             self._send()
@@ -67,12 +75,20 @@ class _Worker:
             for request in self.engine.step():
                 self._tell(request)
 
-    # --- on the thread that reads ---
+    # --- on the threads that read and compile ---
 
     def _read(self) -> None:
         while True:
             for wish in decode_wishes(self._inlet.recv()):
-                self._inbox.put(self._prepared(wish))
+                if isinstance(wish, Cancel) or _has_grammar(wish):
+                    self._slow.put(wish)
+                if not _has_grammar(wish):
+                    self._inbox.put(self._prepared(wish))
+
+    def _compile(self) -> None:
+        """What is cancelled comes by here as well, after what it cancels; the second time there is nothing to it."""
+        while True:
+            self._inbox.put(self._prepared(self._slow.get()))
 
     def _prepared(self, wish: Wish) -> Callable[[], None]:
         """What there is to do about a wish between two steps."""
@@ -82,8 +98,12 @@ class _Worker:
             request = self._request(wish)
         except ValueError as error:
             refused = Refused(wish.id, str(error))
-            return lambda: self._news.append(refused)
-        return lambda: self._add(request)
+        except Exception as error:
+            logger.exception("request %s could not be made", wish.id)
+            refused = Refused(wish.id, f"{type(error).__name__}: {error}", "failed")
+        else:
+            return lambda: self._add(request)
+        return lambda: self._news.append(refused)
 
     def _request(self, wish: Wish) -> Request:
         intake = self.engine.intake
@@ -109,7 +129,7 @@ class _Worker:
         try:
             self.engine.add(request)
         except QueueFull as error:
-            self._news.append(Refused(request.id, str(error), queue_full=True))
+            self._news.append(Refused(request.id, str(error), "busy"))
         else:
             self._requests[request.id] = request
 
@@ -137,6 +157,19 @@ class _Worker:
         if self._news:
             self._outlet.send(encode(self._news))
             self._news.clear()
+
+
+def _has_grammar(wish: Wish) -> bool:
+    return isinstance(wish, Generate) and "structured_outputs" in wish.params
+
+
+def _to_the_end(work: Callable[[], None]) -> None:
+    """A thread without which there is no engine."""
+    try:
+        work()
+    except BaseException:
+        logger.exception("a thread of the engine fails")
+    os._exit(1)
 
 
 def _progress(request: Request) -> Progress:

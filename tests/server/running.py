@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 
 class Server:
     """Use as a context: `url` answers; at the end it has ended by SIGTERM, and no process is left."""
 
-    def __init__(self, model, *flags, log, port=0, wait=True, env=None):
+    def __init__(self, model, *flags, log, port=0, wait=True, env=None, **options):
         self.log = Path(log)
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -24,6 +25,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | (env or {}),
+                **options,
             )
         if wait:
             self.url = self._wait()
@@ -90,6 +92,14 @@ class Server:
         if self.process.poll() is None:
             self.stop()
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        while any(map(alive, children)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        assert not [pid for pid in children if alive(pid)]
+
+
+def alive(pid):
+    """Whether a process is there, and not only its exit status, for whoever looks after orphans."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
