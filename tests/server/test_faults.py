@@ -369,14 +369,15 @@ def rss(server):
 
 
 def test_five_hundred_disconnects(pair):
-    run(come_and_go(pair, 250, seed=1))  # what grows once: pools, caches of grammars, the cache's pages
+    run(come_and_go(pair, 500, seed=1))  # what grows once: pools, caches of grammars, the cache's pages
     wait_until(lambda: is_idle(pair), 30)
     before, counted = rss(pair), figures(pair)["pace_requests_total"]
     run(come_and_go(pair, 500, seed=2))
     wait_until(lambda: is_idle(pair), 30)
     assert figures(pair)["pace_requests_total"] > counted + 300  # the others were gone before they were read
-    # A request that is kept has its prompt in it, 30 kB at times, and 5000 tokens: 500 of them are 20 MiB and more.
-    assert all(after - then < 12 * MIB for after, then in zip(rss(pair), before, strict=True)), (before, rss(pair))
+    # A request that is kept has its prompt in it, 30 kB at times, and 5000 tokens: 500 of them are 20 MiB and more;
+    # what allocators keep differs by 10 MiB from one time to the next.
+    assert all(after - then < 16 * MIB for after, then in zip(rss(pair), before, strict=True)), (before, rss(pair))
     assert pair.post("/v1/completions", **asked(1)).status_code == 200
 
 
