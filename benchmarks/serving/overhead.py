@@ -134,7 +134,7 @@ def main() -> None:
         os.sched_setaffinity(0, others)
         sizes = options.streams, options.output_tokens
         for round_ in range(-1, options.rounds):
-            asked = prompts(2 * options.streams, options.prompt_tokens, rng)
+            asked = prompts(options.streams, options.prompt_tokens, rng)
             alone = rate_bare(bare, asked, *sizes)
             served = rate_served(url, options.model, asked, *sizes)
             if round_ < 0:  # to warm up

@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from statistics import median
 
 import httpx
 import psutil
@@ -353,8 +355,8 @@ async def come_and_go(server, count, seed):
 
     async def one(number):
         body = asked(number, draw.choice([1, 50, 5000]), stream=draw.random() < 0.5)
-        if draw.random() < 0.2:
-            body["prompt"] = "a long prompt " * draw.choice([100, 2000])
+        if draw.random() < 0.8:
+            body["prompt"] = "a long prompt " * draw.choice([100, 500])
         if draw.random() < 0.1:
             body |= {"n": 3, "guided_regex": "[ab]{1,2000}"}
         async with room:
@@ -363,22 +365,26 @@ async def come_and_go(server, count, seed):
     await asyncio.gather(*(one(number) for number in range(count)))
 
 
-def rss(server):
-    """Of the front process and of each engine, in bytes."""
-    return [psutil.Process(pid).memory_info().rss for pid in (server.process.pid, server.engine(0), server.engine(1))]
+def held(server):
+    """The memory of the front process and of each engine, in bytes, without what is there once for all."""
+    pages = [psutil.Process(pid).memory_info() for pid in (server.process.pid, server.engine(0), server.engine(1))]
+    return [each.rss - each.shared for each in pages]
 
 
-def test_five_hundred_disconnects(pair):
-    run(come_and_go(pair, 500, seed=1))  # what grows once: pools, caches of grammars, the cache's pages
-    wait_until(lambda: is_idle(pair), 30)
-    before, counted = rss(pair), figures(pair)["pace_requests_total"]
-    run(come_and_go(pair, 500, seed=2))
-    wait_until(lambda: is_idle(pair), 30)
-    assert figures(pair)["pace_requests_total"] > counted + 300  # the others were gone before they were read
-    # A request that is kept has its prompt in it, 30 kB at times, and 5000 tokens: 500 of them are 20 MiB and more;
-    # what allocators keep differs by 10 MiB from one time to the next.
-    assert all(after - then < 16 * MIB for after, then in zip(rss(pair), before, strict=True)), (before, rss(pair))
-    assert pair.post("/v1/completions", **asked(1)).status_code == 200
+def test_disconnects(serve):
+    """Nine hundred. The requests are cancelled in the engine, and nothing is left of them."""
+    server = serve("--engines", 2, "--no-prefix-caching", "--kv-cache-bytes", "8M")
+    sizes = []
+    for seed in range(9):
+        run(come_and_go(server, 100, seed))
+        wait_until(lambda: is_idle(server), 30)
+        sizes.append(held(server))
+    assert figures(server)["pace_requests_total"] > 500  # the others were gone before they were read
+    # At first pools and the cache's pages come to be, and allocators keep some of what is freed. What is kept of each
+    # request is 40 of its prompts with 7000 tokens in every round, in lists of 8 bytes a token: 2 MiB and more.
+    growths = [[after - before for before, after in pairwise(each[3:])] for each in zip(*sizes, strict=True)]
+    assert all(median(each) < 1.5 * MIB for each in growths), growths
+    assert server.post("/v1/completions", **asked(1)).status_code == 200
 
 
 # --- 4: hostile requests ---
@@ -575,9 +581,9 @@ def drawn(server, count, mode):
 
 @pytest.mark.parametrize("mode", ["negative", "positive"])
 def test_requests_drawn_from_our_description(pair, mode):
-    seen = drawn(pair, 150, mode)
-    assert len(seen) >= 150
-    assert (seen.count(400) > 100) if mode == "negative" else seen.count(200)
+    seen = drawn(pair, 100, mode)
+    assert len(seen) >= 100
+    assert (seen.count(400) > 70) if mode == "negative" else seen.count(200)
     wait_until(lambda: is_idle(pair))
 
 
@@ -685,10 +691,10 @@ def test_a_client_that_reads_a_byte_a_second(pair):
             assert pair.post("/v1/completions", **asked(number, 8)).status_code == 200
         return time.monotonic() - began
 
-    alone, before = min(usual() for _ in range(3)), rss(pair)
+    alone, before = min(usual() for _ in range(3)), held(pair)
     slow = [connected(pair) for _ in range(4)]
     for number, connection in enumerate(slow):
-        connection.sendall(long_stream(number, 4000))
+        connection.sendall(long_stream(number, 3000))
     seen, began = b"", time.monotonic()
     while figures(pair)["pace_sequences_running"] or time.monotonic() - began < 2:
         assert time.monotonic() - began < 30
@@ -699,22 +705,22 @@ def test_a_client_that_reads_a_byte_a_second(pair):
     assert now["pace_requests_in_flight"] == 4  # all of it is written, and waits to be read
     assert now["pace_cache_used_ratio"] == 0
     assert min(usual() for _ in range(3)) < 2 * alone + 0.2
-    # What is not read waits as objects: 4 texts of 4000 tokens, with 21 log-probabilities of about 400 bytes each.
-    assert rss(pair)[0] - before[0] < 192 * MIB
+    # What is not read waits as objects: 4 texts of 3000 tokens, with 21 log-probabilities of about 400 bytes each.
+    assert held(pair)[0] - before[0] < 144 * MIB
     for connection in slow:
         connection.close()
     wait_until(lambda: is_idle(pair))
 
 
 def test_a_client_that_never_reads_is_given_up(serve):
-    server = serve("--engines", 1, "--request-seconds", 6)
+    server = serve("--engines", 1, "--request-seconds", 5)
     slow = connected(server)
-    slow.sendall(long_stream(1, 4000))
+    slow.sendall(long_stream(1, 3000))
     wait_until(lambda: figures(server)["pace_requests_in_flight"] == 1)
     wait_until(lambda: not figures(server)["pace_sequences_running"])
     assert figures(server)["pace_requests_in_flight"] == 1  # the text is written, and waits to be read
     wait_until(lambda: is_idle(server), seconds=10)
-    assert "was not answered within 6 s" in server.text
+    assert "was not answered within 5 s" in server.text
     assert server.stop(seconds=5) == 0  # though it still does not read
     slow.close()
 
@@ -911,8 +917,8 @@ async def soak(server, seconds, seed):
             await ask(client, draw.randrange(len(bodies)))
 
     async def kill_loop():
-        while time.monotonic() < until - 5:
-            await asyncio.sleep(draw.uniform(2, 8))
+        while time.monotonic() < until - 3:
+            await asyncio.sleep(draw.uniform(1, 6))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(server.engine(draw.randrange(2)), draw.choice([signal.SIGKILL, signal.SIGSEGV]))
 
@@ -923,7 +929,7 @@ async def soak(server, seconds, seed):
 
 
 def test_engines_that_are_killed_again_and_again(pair):
-    counts = run(soak(pair, 8, seed=2), 60)
+    counts = run(soak(pair, 6, seed=2), 60)
     wait_until(engines_up(pair), 30)
     wait_until(lambda: is_idle(pair), 30)
     assert counts["answered"] > 20
@@ -934,7 +940,7 @@ def test_soak(pair):
     run(soak(pair, 60, seed=0), 120)
     wait_until(engines_up(pair), 60)
     wait_until(lambda: is_idle(pair), 30)
-    before, restarts = rss(pair)[0], figures(pair)["pace_engine_restarts_total"]
+    before, restarts = held(pair)[0], figures(pair)["pace_engine_restarts_total"]
     counts = run(soak(pair, 180, seed=1), 300)
     wait_until(engines_up(pair), 60)
     wait_until(lambda: is_idle(pair), 30)
@@ -942,5 +948,5 @@ def test_soak(pair):
     assert counts["refused"] < 0.02 * counts["answered"]
     assert figures(pair)["pace_engine_restarts_total"] >= restarts + 10
     # The log of outcomes is no part of the process: what is left is what allocators keep.
-    assert rss(pair)[0] - before < 16 * MIB
+    assert held(pair)[0] - before < 16 * MIB
     assert "Traceback" not in pair.text
