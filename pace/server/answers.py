@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.responses import Response
 
-from .errors import APIError
+from .errors import APIError, unexpected
 from .guard import Receive, Scope, Send
 from .protocol import Piece, Progress
 from .service import Exchange, as_api_errors
@@ -67,8 +67,8 @@ class EventStream(Response):
         except ClientGone:
             pass
         except Exception as error:
-            problem = error if isinstance(error, APIError) else APIError(500, f"{type(error).__name__}: {error}")
-            outcome, reason = "error", problem.message
+            problem = error if isinstance(error, APIError) else unexpected(error, self._exchange.request_id)
+            outcome, reason = "error", f"{type(error).__name__}: {error}" if problem is not error else problem.message
             with contextlib.suppress(TimeoutError):  # of a client that does not read
                 await asyncio.wait_for(_event(send, as_json(problem.body), more=False), LAST_WORDS_SECONDS)
             if problem is not error:

@@ -18,7 +18,7 @@ from .chat.tools import tool_use
 from .chats import chat, render
 from .completions import complete
 from .embeddings import embed
-from .errors import APIError
+from .errors import APIError, unexpected
 from .guard import Guard
 from .schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest, field_of
 from .service import Service, as_api_errors
@@ -246,5 +246,5 @@ _TYPE = re.compile(r"str|int|constrained-\w+|[\w-]+\[.*\]")  # the member of a u
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    problem = APIError(500, f"{type(error).__name__}: see the server's log, request {request.state.request_id}")
+    problem = unexpected(error, request.state.request_id)
     return JSONResponse(problem.body, 500, {"X-Request-ID": request.state.request_id})

@@ -45,6 +45,11 @@ class APIError(HTTPException):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def unexpected(error: Exception, request_id: str) -> APIError:
+    """What a client is told of a fault of the server's own."""
+    return APIError(500, f"{type(error).__name__}: see the server's log, request {request_id}")
+
+
 def _sayable(text: str) -> str:
     """With ? for half of a surrogate pair, which no answer can hold; cut where it is too long to read."""
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
