@@ -66,11 +66,8 @@ class LLM:
         ValueError for a prompt that is empty, that has tokens which the model lacks, or that does not fit the model's
         context or the cache; then none of them runs. What goes wrong later ends a request with finish_reason "error".
         """
-        listed = _as_prompts(prompts)
-        params = _for_each(sampling_params or SamplingParams(), listed, "sampling_params")
-        priorities = _for_each(priority, listed, "priority")
-        intake = self.engine.intake
-        requests = [intake.request(*each) for each in zip(listed, params, priorities, strict=True)]
+        asked = _asked(prompts, sampling_params or SamplingParams(), "sampling_params", priority)
+        requests = [self.engine.intake.request(*each) for each in asked]
         self._complete(requests, use_tqdm)
         return [request.output() for request in requests]
 
@@ -84,11 +81,8 @@ class LLM:
         """The embedding of each prompt, in the order of the prompts; all as in `generate`, but a prompt may take the
         whole context.
         """
-        listed = _as_prompts(prompts)
-        params = _for_each(pooling_params or PoolingParams(), listed, "pooling_params")
-        priorities = _for_each(priority, listed, "priority")
-        intake = self.engine.intake
-        requests = [intake.embedding(*each) for each in zip(listed, params, priorities, strict=True)]
+        asked = _asked(prompts, pooling_params or PoolingParams(), "pooling_params", priority)
+        requests = [self.engine.intake.embedding(*each) for each in asked]
         self._complete(requests, use_tqdm)
         return [request.embedding_output() for request in requests]
 
@@ -176,6 +170,12 @@ class _Rates:
         cache = stats.cache.used_bytes / stats.cache.capacity_bytes
         hits = f", {stats.prefix_hit_rate:.0%} of prompts cached" if stats.cached_tokens else ""
         return f"in {self._read / seconds:.0f}, out {self._written / seconds:.0f} tok/s, cache {cache:.0%} full{hits}"
+
+
+def _asked(prompts: Any, params: Any, name: str, priority: Any) -> Iterable[tuple[Prompt, Any, Any]]:
+    """Each prompt with its parameters, which are called `name`, and its priority."""
+    listed = _as_prompts(prompts)
+    return zip(listed, _for_each(params, listed, name), _for_each(priority, listed, "priority"), strict=True)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

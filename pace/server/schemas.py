@@ -208,6 +208,13 @@ def _token_of(key: str) -> int:
     return int(key)
 
 
+def _listed(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt, a text or its tokens, as a list of one."""
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+        return [prompts]
+    return prompts  # type: ignore[return-value]
+
+
 class CompletionRequest(Sampled):
     prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = 16
@@ -227,9 +234,7 @@ class CompletionRequest(Sampled):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        return _listed(self.prompt)
 
 
 class FunctionCall(Schema):
@@ -328,9 +333,7 @@ class EmbeddingRequest(Schema):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.input, str) or isinstance(self.input[0], int):
-            return [self.input]
-        return self.input  # type: ignore[return-value]
+        return _listed(self.input)
 
 
 class TokenizeRequest(Schema):
