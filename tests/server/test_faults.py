@@ -21,6 +21,7 @@ import httpx
 import psutil
 import pytest
 import requests
+import schemathesis.specs.openapi.schemas  # loaded late, it would be parsed beside other threads, which 3.11 can not
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.engine.fakes import write_model
@@ -104,6 +105,7 @@ class Stream:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()
             async for line in response.aiter_lines():
+                await asyncio.sleep(0)  # lines that are here already would be read without a turn for the test itself
                 if not line:
                     continue
                 assert self.end is None, "something came after the end"
@@ -309,16 +311,15 @@ def test_what_does_not_end_is_cut_off(serve, signals):
             running = Stream(client, asked(1, CONTEXT - 100))
             waiting = asyncio.ensure_future(client.post("/v1/completions", json=asked(2, CONTEXT - 100)))
             await running.begun()
-            began = time.monotonic()
             for _ in range(signals):
                 server.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.2)
             await running.task
+            assert running.end != "[DONE]"
             assert running.end["code"] == "shutting_down"
             response = await waiting
             assert response.status_code == 503
             assert shaped(response.json())["code"] == "shutting_down"
-            assert time.monotonic() - began < 8  # what was sent before is read first
 
     children = server.children
     run(go())
@@ -549,9 +550,7 @@ def test_hostile_headers(pair):
 
 def drawn(server, count, mode):
     """The statuses of requests that schemathesis draws by our own description, or against it."""
-    from schemathesis import checks, openapi
-    from schemathesis.generation import GenerationMode
-
+    checks = schemathesis.checks
     conforms = [
         checks.not_a_server_error,
         checks.status_code_conformance,
@@ -559,7 +558,7 @@ def drawn(server, count, mode):
         checks.response_schema_conformance,
         checks.response_headers_conformance,
     ]
-    schema = openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     posts = [found.ok() for found in schema.get_all_operations() if found.ok().method == "post"]
     assert len(posts) == 5
     seen = []
@@ -576,7 +575,7 @@ def drawn(server, count, mode):
 
     with requests.Session() as session:
         for operation in posts:
-            strategy = operation.as_strategy(generation_mode=GenerationMode(mode))
+            strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode))
             quick = settings(max_examples=count // len(posts), derandomize=True, database=None, phases=[Phase.generate])
             settings(quick, suppress_health_check=list(HealthCheck))(given(strategy)(ask))()
     return seen
