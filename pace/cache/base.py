@@ -63,6 +63,7 @@ class Placement:
     block_tables: Ints  # (sequences, blocks)
     slots: Longs  # (tokens,)
     spans: Ints | None = None  # (tokens, 2) positions that see each other in both directions; see reference.attend
+    text_lengths: Ints | None = None  # (tokens,) of the texts that they belong to, where rotary positions follow them
 
 
 class KVCache(ABC):

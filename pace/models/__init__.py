@@ -11,12 +11,13 @@ from pace.reference.arrays import bfloat16, float32
 from .base import Model
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import Config
-from .weights import Weights
+from .rope import longest_text
+from .weights import Survey, Weights
 
-__all__ = ["MODELS", "Checkpoint", "Model", "load_model", "open_checkpoint"]
+__all__ = ["MODELS", "Checkpoint", "Model", "load_model", "max_positions", "open_checkpoint"]
 
 # model_type → the class, in the module of that name.
-MODELS = {"llama": "Llama"}
+MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 DTYPES: dict[str, Dtype] = {"bfloat16": bfloat16, "float32": float32}
 
@@ -25,13 +26,26 @@ def load_model(
     checkpoint: Checkpoint, dtype: str = "auto", operators: OperatorConfig | None = None, progress: bool = False
 ) -> Model:
     """A checkpoint's model, its weights packed in `dtype`: bfloat16, float32, or auto for the checkpoint's own."""
+    architecture, config = architecture_of(checkpoint), Config(checkpoint.config)
+    stored, operators = choose_dtype(dtype, checkpoint), operators or OperatorConfig()
+    with Survey(checkpoint, stored, operators) as survey:
+        architecture(config, survey)
+    with Weights(checkpoint, stored, operators, progress) as weights:
+        return architecture(config, weights)
+
+
+def max_positions(checkpoint: Checkpoint) -> int:
+    """Of the longest text, known without the weights."""
+    return longest_text(architecture_of(checkpoint).usual(Config(checkpoint.config)))
+
+
+def architecture_of(checkpoint: Checkpoint) -> type[Model]:
+    """The class of its model_type. ModelError where there is none."""
     kind = checkpoint.config.get("model_type")
     if kind not in MODELS:
         raise ModelError(f"model_type in {checkpoint.path} is {kind!r}; supported are {', '.join(sorted(MODELS))}")
-    architecture = getattr(import_module(f"pace.models.{kind}"), MODELS[kind])
-    with Weights(checkpoint, choose_dtype(dtype, checkpoint), operators or OperatorConfig(), progress) as weights:
-        model: Model = architecture(Config(checkpoint.config), weights)
-    return model
+    architecture: type[Model] = getattr(import_module(f"pace.models.{kind}"), MODELS[kind])
+    return architecture
 
 
 def choose_dtype(asked: str, checkpoint: Checkpoint) -> Dtype:

@@ -1,11 +1,18 @@
 """What the engine knows of a model."""
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from pace.cache import CacheShape, KVCache, Placement
 from pace.cache.base import Ints
 from pace.ops.registry import Dtype
 from pace.reference.arrays import Array, Float
+
+from .config import Config
+
+if TYPE_CHECKING:
+    from .images import ImageProcessor
+    from .weights import Weights
 
 
 class Model(ABC):
@@ -17,10 +24,32 @@ class Model(ABC):
     max_positions: int
     weight_bytes: int  # all that is kept
     bytes_per_step: int  # weights that one decode step reads
+    images: "ImageProcessor | None" = None  # of a model that sees
+    # Texts of more tokens than that have other rotary positions (`placement.text_lengths`); with `stretched_whole`,
+    # from their first token on: a text that grows so long is computed anew.
+    stretched_beyond: int | None = None
+    stretched_whole: bool = False
 
     @abstractmethod
-    def forward(self, tokens: Ints, placement: Placement, cache: KVCache) -> Array:
-        """Hidden states of new tokens, (tokens, hidden): those of all sequences end to end, as `placement` says."""
+    def __init__(self, config: Config, weights: "Weights") -> None: ...
+
+    @classmethod
+    def usual(cls, config: Config) -> Config:
+        """The language model's configuration, under the names that most have."""
+        return config.text
+
+    @abstractmethod
+    def forward(
+        self, tokens: Ints, placement: Placement, cache: KVCache, seen: tuple[Ints, Array] | None = None
+    ) -> Array:
+        """Hidden states of new tokens, (tokens, hidden): those of all sequences end to end, as `placement` says.
+
+        seen: indices of tokens, and what stands there instead of their embeddings, (indices, hidden): rows of images.
+        """
+
+    def encode_images(self, pixels: Float) -> Array:
+        """What images (images, 3, height, width) float32 become: (images, tokens_per_image, hidden) of `dtype`."""
+        raise ValueError(f"{type(self).__name__} takes no images: use a model that does")
 
     @abstractmethod
     def logits(self, hidden: Array) -> Float:

@@ -1,6 +1,6 @@
 """A model's configuration: the values of config.json, each read with its type."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,21 @@ class Config:
 
     values: Mapping[str, Any]
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    @property
+    def text(self) -> "Config":
+        """Of the language model, where it is a part."""
+        return Config(self.values.get("text_config") or self.values)
+
+    def renamed(self, names: Mapping[str, str]) -> "Config":
+        """With what stands under other names under the usual ones too: {other: usual}."""
+        return Config({**self.values, **{usual: self.values.get(other) for other, usual in names.items()}})
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer, positive unless `least` says otherwise."""
         value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{key} in config.json is {value!r}; it must be a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            wanted = "a positive integer" if least == 1 else f"an integer of {least} or more"
+            raise ModelError(f"{key} in config.json is {value!r}; it must be {wanted}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -60,6 +70,17 @@ class Config:
         if head_dim % 2:
             raise ModelError(f"head_dim in config.json is {head_dim}; it must be even")
         return heads, kv_heads, head_dim
+
+    def windows(self, window: int | None, slides: Callable[[int], bool]) -> list[int | None]:
+        """How far each layer sees (None: to the beginning): as `layer_types` says, else `window` where it `slides`."""
+        count = self.integer("num_hidden_layers")
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            return [window if slides(index) else None for index in range(count)]
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(known):
+            raise ModelError(f"layer_types in config.json is {kinds!r}; it must name one of {known} for {count} layers")
+        return [window if kind == "sliding_attention" else None for kind in kinds]
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)

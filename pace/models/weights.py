@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pace.errors import ModelError
-from pace.ops import GatedMLP, Linear, LMHead, OperatorConfig, RMSNorm
+from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, PlainMLP, RMSNorm
 from pace.ops.registry import Dtype
 from pace.reference.arrays import Array, Float, bfloat16, float32
 from pace.reference.pack_linear import PANEL, PackedLinear
@@ -19,6 +19,7 @@ from pace.reference.pack_linear import PANEL, PackedLinear
 from .checkpoint import Checkpoint
 
 SLAB_BYTES = 32 << 20
+NAMED = 3  # of the tensors that are wrong
 PACKED = (bfloat16, float32)  # what pack_linear takes
 STORED = (*PACKED, np.dtype(np.float16), np.dtype(np.float64))
 # What some checkpoints hold and no model reads: tables that are computed from the configuration.
@@ -26,7 +27,7 @@ COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
 
 class Weights:
-    """Use as a context: on leaving it without an error, every tensor must have been taken."""
+    """Use as a context, which ends the progress bar. ModelError for a tensor that is not as it is asked for."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: Dtype, operators: OperatorConfig, progress: bool = False) -> None:
         self.checkpoint, self.dtype, self.operators = checkpoint, dtype, operators
@@ -44,12 +45,6 @@ class Weights:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if error is None and self._left:
-            some = ", ".join(sorted(self._left)[:3])
-            raise ModelError(
-                f"{self.checkpoint.path} holds {len(self._left)} tensors that its model_type does not have ({some}): "
-                "its config.json and its weights are of different models"
-            )
 
     def ignore(self, name: str) -> None:
         """Leave a tensor out on purpose."""
@@ -73,35 +68,60 @@ class Weights:
         return Linear(operator, self.operators, self.dtype, packed, np.concatenate(biases) if biases else None)
 
     def gated_mlp(
-        self, gate: str, up: str, down: str, hidden: int, inner: int, activation: str, bias: bool
+        self, gate_up: Sequence[str], down: str, hidden: int, inner: int, activation: str, bias: bool
     ) -> GatedMLP:
-        """gate and up are (inner, hidden), down is (hidden, inner); with `bias` all three have one."""
-        for name in (gate, up):
-            self._check(f"{name}.weight", (inner, hidden))
-        gate_up = PackedLinear.empty(inner, hidden, self.dtype, gated=True)
-        for first, name in enumerate((gate, up)):
-            self._pack("mlp", f"{name}.weight", (inner, hidden), gate_up, first, 2)
-        biases = [self.vector(f"{name}.bias", inner) for name in (gate, up)] if bias else None
+        """gate_up: two weights (inner, hidden), or one that has both, gate's rows before up's; down: (hidden, inner);
+        with `bias` all have one.
+        """
+        fused = len(gate_up) == 1
+        shape = (2 * inner if fused else inner, hidden)
+        for name in gate_up:
+            self._check(f"{name}.weight", shape)
+        packed = PackedLinear.empty(inner, hidden, self.dtype, gated=True)
+        for half in range(2):
+            name = f"{gate_up[half * (not fused)]}.weight"
+            self._pack("mlp", name, packed, half, 2, half * inner * fused, inner)
+        for name in gate_up:
+            self._take(f"{name}.weight", shape)
+        biases = [self.vector(f"{name}.bias", shape[0]) for name in gate_up] if bias else None
         return GatedMLP(
             self.operators,
             self.dtype,
-            gate_up,
+            packed,
             self._packed("mlp", [f"{down}.weight"], [hidden], inner),
             activation,
             np.concatenate(biases) if biases else None,
             self.vector(f"{down}.bias", hidden) if bias else None,
         )
 
-    def rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
-        return RMSNorm(self.operators, self.dtype, self.vector(f"{name}.weight", size), eps)
+    def plain_mlp(self, up: str, down: str, hidden: int, inner: int, activation: str, bias: bool) -> PlainMLP:
+        """up is (inner, hidden), down is (hidden, inner)."""
+        return PlainMLP(
+            self.linear("mlp", [up], [inner], hidden, bias),
+            self.linear("mlp", [down], [hidden], inner, bias),
+            activation,
+        )
 
-    def lm_head(self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool) -> LMHead:
-        """Two tables of (vocabulary, hidden); one for both where they are tied."""
-        table = self._packed("lm_head", [embedding], [vocabulary], hidden)
+    def rms_norm(self, name: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
+        """offset: what is added to the weight."""
+        weight = self.vector(f"{name}.weight", size)
+        return RMSNorm(self.operators, self.dtype, weight + np.float32(offset) if offset else weight, eps)
+
+    def layer_norm(self, name: str, size: int, eps: float) -> LayerNorm:
+        weight, bias = (self.vector(f"{name}.{which}", size) for which in ("weight", "bias"))
+        return LayerNorm(self.operators, self.dtype, weight, bias, eps)
+
+    def lm_head(
+        self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool, bias: bool = False
+    ) -> LMHead:
+        """Two tables of (vocabulary, hidden), NAME.weight; one for both where they are tied. bias: of the head."""
+        table = self._packed("lm_head", [f"{embedding}.weight"], [vocabulary], hidden)
         if tied:
-            self.ignore(head)
-        packed = table if tied else self._packed("lm_head", [head], [vocabulary], hidden)
-        return LMHead(self.operators, self.dtype, table, packed)
+            self.ignore(f"{head}.weight")
+        packed = table if tied else self._packed("lm_head", [f"{head}.weight"], [vocabulary], hidden)
+        return LMHead(
+            self.operators, self.dtype, table, packed, self.vector(f"{head}.bias", vocabulary) if bias else None
+        )
 
     def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
         for name, count in zip(names, rows, strict=True):  # before memory is taken for what may be absurd
@@ -115,24 +135,18 @@ class Weights:
             return packed
         first = 0
         for name, count in zip(names, rows, strict=True):
-            self._pack(operator, name, (count, columns), packed, first, 1)
+            self._pack(operator, name, packed, first, 1, 0, count)
+            self._take(name, (count, columns))
             first += count // PANEL
         return packed
 
     def _pack(
-        self,
-        operator: str,
-        name: str,
-        shape: tuple[int, int],
-        into: PackedLinear,
-        first_panel: int,
-        panel_step: int,
+        self, operator: str, name: str, into: PackedLinear, first_panel: int, panel_step: int, begin: int, count: int
     ) -> None:
-        self._take(name, shape)
-        rows, columns = shape
-        slab = max(SLAB_BYTES // (columns * 4) // PANEL, 1) * PANEL
-        for start in range(0, rows, slab):
-            part = self.checkpoint.read_rows(name, start, min(start + slab, rows))
+        """Rows begin … begin + count of a tensor."""
+        slab = max(SLAB_BYTES // (into.in_features * 4) // PANEL, 1) * PANEL
+        for start in range(0, count, slab):
+            part = self.checkpoint.read_rows(name, begin + start, begin + min(start + slab, count))
             self._pack_rows(operator, name, part, into, first_panel + start // PANEL * panel_step, panel_step)
             self.checkpoint.release(name)
 
@@ -154,18 +168,18 @@ class Weights:
         self._left.discard(name)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if (problem := self._problem(name, shape)) is not None:
+            raise ModelError(f"{self.checkpoint.path}: {problem}")
+
+    def _problem(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """What keeps a tensor from being taken."""
         if name not in self._left:
-            raise ModelError(
-                f"{self.checkpoint.path} lacks tensor {name}: its download is not whole, or its config.json wrong"
-            )
-        actual = self.checkpoint.shape(name)
-        if actual != shape:
-            raise ModelError(f"{name} in {self.checkpoint.path} has shape {actual}; its config.json makes it {shape}")
-        if self.checkpoint.dtype(name) not in STORED:
-            raise ModelError(
-                f"{name} in {self.checkpoint.path} is of dtype {self.checkpoint.dtype(name)}; supported are "
-                f"{', '.join(map(str, STORED))}: convert it"
-            )
+            return f"tensor {name} is not there"
+        if (actual := self.checkpoint.shape(name)) != shape:
+            return f"{name} has shape {actual}, and config.json makes it {shape}"
+        if (dtype := self.checkpoint.dtype(name)) not in STORED:
+            return f"{name} is of dtype {dtype}; supported are {', '.join(map(str, STORED))}"
+        return None
 
     def _count(self, values: Array) -> None:
         size = values.size * self.dtype.itemsize
@@ -174,3 +188,45 @@ class Weights:
 
     def _damaged(self, name: str) -> ModelError:
         return ModelError(f"{name} in {self.checkpoint.path} holds NaN: the file is damaged, download it again")
+
+
+class Survey(Weights):
+    """Takes nothing, and finds all that is wrong: a model is built of it first, of memory that is never touched."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Dtype, operators: OperatorConfig) -> None:
+        super().__init__(checkpoint, dtype, operators)
+        self._problems: dict[str, str] = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if error is not None and not (self._problems and isinstance(error, MemoryError)):
+            return
+        if error is None:
+            left = sorted(self._left - set(self._problems))
+            self._problems |= {name: f"{name} is not of this model_type" for name in left}
+        if self._problems:
+            named, more = list(self._problems.values())[:NAMED], len(self._problems) - NAMED
+            raise ModelError(
+                f"{self.checkpoint.path} and its config.json do not fit: {'; '.join(named)}"
+                f"{f'; and {more} more tensors' if more > 0 else ''}. Download both again"
+            ) from None
+
+    def vector(self, name: str, size: int) -> Float:
+        self._take(name, (size,))
+        return np.empty(size, np.float32)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._problems and (problem := self._problem(name, shape)) is not None:
+            self._problems[name] = problem
+
+    def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
+        for name, count in zip(names, rows, strict=True):
+            self._take(name, (count, columns))
+        return PackedLinear.empty(sum(rows), columns, self.dtype)
+
+    def _pack(
+        self, operator: str, name: str, into: PackedLinear, first_panel: int, panel_step: int, begin: int, count: int
+    ) -> None:
+        pass

@@ -1,6 +1,29 @@
 """The operator framework: models name operators, `OperatorConfig` names the backend of each."""
 
 from .config import OperatorConfig
-from .operators import Attention, GatedMLP, LayerNorm, Linear, LMHead, RMSNorm, RoPE, Sampling
+from .operators import (
+    Attention,
+    Frequencies,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    LMHead,
+    PlainMLP,
+    RMSNorm,
+    RoPE,
+    Sampling,
+)
 
-__all__ = ["Attention", "GatedMLP", "LMHead", "LayerNorm", "Linear", "OperatorConfig", "RMSNorm", "RoPE", "Sampling"]
+__all__ = [
+    "Attention",
+    "Frequencies",
+    "GatedMLP",
+    "LMHead",
+    "LayerNorm",
+    "Linear",
+    "OperatorConfig",
+    "PlainMLP",
+    "RMSNorm",
+    "RoPE",
+    "Sampling",
+]

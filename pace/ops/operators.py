@@ -2,6 +2,9 @@
 settled when it is built, and does nothing but call them; the functions' contracts are in pace.reference.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
 from pace.reference.arrays import Array, Float, float32
@@ -49,8 +52,13 @@ class Linear:
         self._functions = config.resolve(operator, dtype)
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x: Array, activation: str | None = None, multiply: Array | None = None) -> Array:
-        return self._functions.linear(x, self.weight, self.bias, activation, multiply)  # type: ignore[no-any-return]
+    def __call__(
+        self, x: Array, activation: str | None = None, multiply: Array | None = None, residual: Array | None = None
+    ) -> Array:
+        """activation(x · weightᵀ + bias) · multiply + residual."""
+        return self._functions.linear(  # type: ignore[no-any-return]
+            x, self.weight, self.bias, activation, multiply, residual
+        )
 
 
 class GatedMLP:
@@ -75,12 +83,30 @@ class GatedMLP:
         return self._functions.linear(inner, self.down, self.down_bias)  # type: ignore[no-any-return]
 
 
-class LMHead:
-    """The table of tokens, at both ends: embeddings in, logits out."""
+class PlainMLP:
+    """activation(up), and the projection down."""
 
-    def __init__(self, config: OperatorConfig, dtype: Dtype, embedding: PackedLinear, head: PackedLinear) -> None:
+    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
+        self.up, self.down, self.activation = up, down, activation
+
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        """With residual, (tokens, hidden), added."""
+        return self.down(self.up(x, self.activation), residual=residual)
+
+
+class LMHead:
+    """The table of tokens, at both ends: embeddings in, logits out. bias: (vocabulary,) float32, or None."""
+
+    def __init__(
+        self,
+        config: OperatorConfig,
+        dtype: Dtype,
+        embedding: PackedLinear,
+        head: PackedLinear,
+        bias: Float | None = None,
+    ) -> None:
         self._functions = config.resolve("lm_head", dtype)
-        self.embedding, self.head = embedding, head
+        self.embedding, self.head, self.bias = embedding, head, bias
 
     def embed(self, tokens: Array) -> Array:
         """(tokens, hidden), of tokens (tokens,) int32."""
@@ -88,11 +114,26 @@ class LMHead:
 
     def logits(self, hidden: Array) -> Float:
         """(rows, vocabulary) float32, of hidden (rows, hidden)."""
-        return self._functions.linear(hidden, self.head, out_dtype=np.float32)  # type: ignore[no-any-return]
+        return self._functions.linear(hidden, self.head, self.bias, out_dtype=np.float32)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """How far each pair of a head is rotated: radians a position, (rotary_dim / 2,) float32.
+
+    Texts of more than `trained` tokens have those that `stretched` gives for their length, where there are such; with
+    `uniform`, the same for every length. `scale` multiplies cosines and sines.
+    """
+
+    usual: Float
+    scale: float = 1.0
+    trained: int | None = None
+    stretched: Callable[[int], Float] | None = None
+    uniform: bool = False
 
 
 class RoPE:
-    """Rotary position embedding; frequencies (rotary_dim / 2,) float32 are radians a position.
+    """Rotary position embedding.
 
     Tables of cosines and sines grow with the positions that come, up to max_positions: a model may allow a million.
     """
@@ -100,30 +141,53 @@ class RoPE:
     FIRST_POSITIONS = 4096
 
     def __init__(
-        self, config: OperatorConfig, dtype: Dtype, frequencies: Float, max_positions: int, interleaved: bool = False
+        self,
+        config: OperatorConfig,
+        dtype: Dtype,
+        frequencies: Frequencies,
+        max_positions: int,
+        interleaved: bool = False,
     ) -> None:
         self._functions = config.resolve("rope", dtype)
         self.frequencies, self.max_positions, self.interleaved = frequencies, max_positions, interleaved
-        self._tables = self._computed(min(self.FIRST_POSITIONS, max_positions))
-        self._covered: Array | None = None
+        self._tables = self._computed(np.arange(min(self.FIRST_POSITIONS, max_positions)), frequencies.usual)
+        self._now: tuple[Array, Array, tuple[Float, Float]] | None = None  # positions, the rows that they have, in what
 
-    def __call__(self, q: Array, k: Array, positions: Array) -> None:
-        if positions is not self._covered:  # every layer comes with the same array
+    def __call__(self, q: Array, k: Array, positions: Array, lengths: Array | None = None) -> None:
+        """Rotate q and k in place, (tokens, heads, head_dim). positions: (tokens,) int32. lengths: (tokens,) int32,
+        those of the texts that tokens belong to, which `Frequencies` may ask for; None where none is over `trained`.
+        """
+        if self._now is None or self._now[0] is not positions:  # every layer comes with the same array
+            self._now = (positions, *self._rows(positions, lengths))
+        _, rows, tables = self._now
+        self._functions.rope(q, k, *tables, rows, self.interleaved)
+
+    def _rows(self, positions: Array, lengths: Array | None) -> tuple[Array, tuple[Float, Float]]:
+        trained = self.frequencies.trained
+        if lengths is None or trained is None or lengths.max(initial=0) <= trained:
             self._cover(int(positions.max(initial=0)) + 1)
-            self._covered = positions
-        self._functions.rope(q, k, *self._tables, positions, self.interleaved)
+            return positions, self._tables
+        frequencies = np.stack([self._of_length(length) for length in lengths.tolist()])
+        return np.arange(len(positions), dtype=np.int32), self._computed(positions, frequencies)
+
+    def _of_length(self, length: int) -> Float:
+        frequencies = self.frequencies
+        if frequencies.stretched is None or frequencies.trained is None or length <= frequencies.trained:
+            return frequencies.usual
+        return frequencies.stretched(length)
 
     def _cover(self, num_positions: int) -> None:
         size = len(self._tables[0])
         while size < min(num_positions, self.max_positions):
             size *= 2
         if size > len(self._tables[0]):
-            self._tables = self._computed(min(size, self.max_positions))
+            self._tables = self._computed(np.arange(min(size, self.max_positions)), self.frequencies.usual)
 
-    def _computed(self, num_positions: int) -> tuple[Float, Float]:
-        """In float32 throughout, as transformers'."""
-        angles: Float = np.arange(num_positions, dtype=np.float32)[:, None] * self.frequencies
-        return np.cos(angles), np.sin(angles, out=angles)
+    def _computed(self, positions: Array, frequencies: Float) -> tuple[Float, Float]:
+        """Cosines and sines in float32 throughout, as transformers'."""
+        angles: Float = positions.astype(np.float32)[:, None] * frequencies
+        scale = np.float32(self.frequencies.scale)
+        return np.cos(angles) * scale, np.sin(angles, out=angles) * scale
 
 
 class Attention:

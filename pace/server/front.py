@@ -13,7 +13,7 @@ import uvicorn
 
 from pace import host, isa
 from pace.engine.tokenizer import Tokenizer
-from pace.models import open_checkpoint
+from pace.models import max_positions, open_checkpoint
 from pace.models.hub import resolve
 from pace.numa import Place, allowed, topology
 from pace.ops import OperatorConfig
@@ -93,7 +93,7 @@ def open_service(config: ServerConfig, groups: list[list[Place | None]]) -> Serv
     """
     path = resolve(config.model)
     with open_checkpoint(path) as checkpoint:
-        positions = int(checkpoint.config["max_position_embeddings"])
+        positions = max_positions(checkpoint)
     tokenizer = Tokenizer.load(path)
     templates = tokenizer.chat_templates
     format = override(

@@ -3,7 +3,6 @@
 import copy
 import json
 import pydoc_data.topics
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -13,47 +12,18 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pace import LLM, SamplingParams
-from pace.cache import CACHES
 from pace.engine.tokenizer import Tokenizer
-from pace.models import load_model, open_checkpoint
+from pace.models import open_checkpoint
 from pace.ops import OperatorConfig
 
+from . import parity
+from .parity import assert_near, drawn, errors, greedy, load, peer_greedy, peer_logits, run, save
 from .tiny import llama, write_gguf
 
 BF16 = ml_dtypes.bfloat16
-
-# Sums of a few hundred float32 terms in another order differ by a few 2^-24 of the terms' size; a layer adds one such
-# error to the residual, and attention may amplify those before it. Relative to the largest value of the tensor:
-# measured at most 3.1e-6 over all of the shapes below.
-TOLERANCE = 3e-5
-# Our bfloat16 rounds where transformers' does or less often, so its error is the yardstick of ours.
-BF16_ERRORS = 1.5
-
-# Shapes that are no multiple of the panels' 16 or of the pairs' 2, and every switch of the configuration.
-BASE = {
-    "vocab_size": 97,
-    "hidden_size": 72,
-    "intermediate_size": 131,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 300,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.15,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA = parity.Family(LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4, "rope_parameters": DEFAULT})
+make = LLAMA.make
 CASES = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -66,138 +36,20 @@ CASES = {
         "tie_word_embeddings": True,
     },
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2, "head_dim": 24},
-    "linear": {"rope_parameters": LINEAR},
-    "llama3": {"rope_parameters": LLAMA3, "head_dim": 64, "num_key_value_heads": 1},
+    "linear": {"rope_parameters": parity.LINEAR},
+    "llama3": {"rope_parameters": parity.LLAMA3, "head_dim": 64, "num_key_value_heads": 1},
+    "yarn": {"rope_parameters": parity.YARN},
+    "yarn_mscale": {"rope_parameters": parity.YARN | {"mscale": 0.8, "mscale_all_dim": 0.4, "truncate": False}},
+    "dynamic": {"rope_parameters": parity.DYNAMIC | {"factor": 8.0}, "max_position_embeddings": 64},
+    "longrope": {"rope_parameters": parity.longrope(8)},
     "gelu_one_layer": {"hidden_act": "gelu_pytorch_tanh", "num_hidden_layers": 1, "rms_norm_eps": 1e-3},
 }
-
-
-def make(changes=(), dtype=torch.float32):
-    """A random Llama, its biases and norms too, whose weights are exact in bfloat16."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(BASE | dict(changes)))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.15 * torch.randn_like(parameter)
-    return with_rope(model.to(torch.bfloat16).to(dtype))
-
-
-def with_rope(peer):
-    """With its table of frequencies in float32 again, as from_pretrained keeps it in every dtype."""
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config)
-    return peer
-
-
-def save(path, model, old_rope=False):
-    model.save_pretrained(path)
-    if old_rope:  # as transformers 4 wrote it
-        config = json.loads((path / "config.json").read_text())
-        rope = config.pop("rope_parameters")
-        config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-        (path / "config.json").write_text(json.dumps(config))
-
-
-def load(path, dtype="auto", operators=None):
-    with open_checkpoint(path) as checkpoint:
-        return load_model(checkpoint, dtype, operators)
-
-
-def new_cache(model):
-    return CACHES["SLAB_POOL"](model.cache_shape, 1100 * model.cache_shape.bytes_per_token, OperatorConfig(), 32)
-
-
-def run(model, tokens, pieces=()):
-    """Final hidden states of one sequence, in one piece or in pieces that begin at `pieces`."""
-    cache = new_cache(model)
-    sequence = cache.allocate()
-    parts = np.split(np.asarray(tokens, np.int32), pieces)
-    return np.concatenate([model.forward(part, cache.append([sequence], [len(part)]), cache) for part in parts])
-
-
-class Recording:
-    """A norm that keeps the residual stream as it is where the norm stands."""
-
-    def __init__(self, norm, kept):
-        self.norm, self.kept = norm, kept
-
-    def __call__(self, x, residual=None):
-        normed = self.norm(x, residual) if residual is not None else self.norm(x)
-        self.kept.append((x if residual is None else residual).astype(np.float32))
-        return normed
-
-
-def residuals(model, tokens):
-    """The residual stream before each layer and before the last norm."""
-    kept = []
-    layers, norm = model.layers, model.norm
-    model.layers = [replace(layer, attention_norm=Recording(layer.attention_norm, kept)) for layer in layers]
-    model.norm = Recording(norm, kept)
-    run(model, tokens)
-    model.layers, model.norm = layers, norm
-    return kept
-
-
-@torch.no_grad()
-def peer_residuals(peer, tokens):
-    states = []
-    layers = peer.model.layers
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(lambda _, __, output: states.append(output)))
-    peer(torch.tensor([tokens]))
-    for hook in hooks:
-        hook.remove()
-    return [state[0].float().numpy() for state in states]
-
-
-@torch.no_grad()
-def peer_logits(peer, tokens):
-    return peer(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
-
-
-@torch.no_grad()
-def peer_greedy(peer, tokens, count):
-    ids = torch.tensor([tokens])
-    made = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **NO_END)
-    return made[0, len(tokens) :].tolist()
-
-
-NO_END = {"eos_token_id": None, "pad_token_id": 0}
-
-
-def greedy(model, tokens, count):
-    cache = new_cache(model)
-    sequence, made, new = cache.allocate(), [], list(tokens)
-    for _ in range(count):
-        hidden = model.forward(np.array(new, np.int32), cache.append([sequence], [len(new)]), cache)
-        new = [int(model.logits(hidden[-1:]).argmax())]
-        made += new
-    return made
-
-
-def drawn(count, vocabulary=97, seed=0):
-    return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
-
-
-def assert_near(actual, expected, tolerance=TOLERANCE):
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("old_rope", [False, True], ids=["rope_parameters", "rope_theta"])
 @pytest.mark.parametrize("case", CASES)
 def test_as_transformers_in_float32(tmp_path, rung, case, old_rope):
-    peer = make(CASES[case])
-    save(tmp_path, peer, old_rope)
-    model = load(tmp_path)
-    tokens = drawn(150)
-    for layer, (ours, theirs) in enumerate(zip(residuals(model, tokens), peer_residuals(peer, tokens), strict=True)):
-        assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max(), f"what comes into layer {layer}"
-    hidden = run(model, tokens)
-    assert_near(model.logits(hidden), peer_logits(peer, tokens))
-    assert np.array_equal(run(model, tokens, [7, 70, 71, 72, 140]), hidden)
-    assert greedy(model, tokens[:20], 64) == peer_greedy(peer, tokens[:20], 64)
+    parity.check_float32(LLAMA, CASES[case], tmp_path, count=40, old_rope=old_rope)
 
 
 def test_another_rope_scaling_key(tmp_path):
@@ -212,24 +64,9 @@ def test_another_rope_scaling_key(tmp_path):
     assert_near(model.logits(run(model, tokens)), peer_logits(peer, tokens))
 
 
-def errors(logits, exact):
-    """Root mean square and largest difference."""
-    difference = np.abs(logits - exact)
-    return np.array([np.sqrt(np.mean(difference**2)), difference.max()])
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path, rung, case, record_property):
-    peer = make(CASES[case], torch.bfloat16)
-    save(tmp_path, peer)
-    model = load(tmp_path)
-    assert model.dtype == BF16
-    tokens = drawn(250)
-    exact = peer_logits(make(CASES[case]), tokens)
-    ours = errors(model.logits(run(model, tokens)), exact)
-    theirs = errors(peer_logits(peer, tokens), exact)
-    record_property("ours / theirs", (ours / theirs).tolist())
-    assert (ours <= BF16_ERRORS * theirs).all(), ours / theirs
+    parity.check_bfloat16(LLAMA, CASES[case], tmp_path, record_property)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -350,7 +187,7 @@ def smol_peer(smollm2):
         tensors = {name: torch.from_numpy(checkpoint.read(name).astype(np.float32)) for name in checkpoint.names()}
     peer.load_state_dict(tensors, strict=False, assign=True)
     peer.tie_weights()
-    return with_rope(peer.eval())
+    return LLAMA.with_rope(peer.eval())
 
 
 def pydoc_tokens(smollm2, count):
@@ -385,17 +222,15 @@ def test_smollm2_greedy_texts_of_transformers(completions, smol_peer):
 
 def test_smollm2_layer_by_layer(smol, smol_peer, smollm2, rung):
     tokens = pydoc_tokens(smollm2, 200)
-    ours, theirs = residuals(smol.model, tokens), peer_residuals(smol_peer, tokens)
-    for layer, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
-        assert np.abs(mine - expected).max() <= TOLERANCE * np.abs(expected).max(), f"what comes into layer {layer}"
+    parity.assert_same_layers(LLAMA, smol.model, smol_peer, tokens)
     assert_near(smol.model.logits(run(smol.model, tokens)), peer_logits(smol_peer, tokens))
 
 
 @pytest.fixture(scope="module")
 def smol_peer_bfloat16(smol_peer):
     """transformers in float32 and in bfloat16, both with weights rounded to bfloat16."""
-    rounded = with_rope(copy.deepcopy(smol_peer).to(torch.bfloat16))
-    return with_rope(copy.deepcopy(rounded).float()), rounded
+    rounded = LLAMA.with_rope(copy.deepcopy(smol_peer).to(torch.bfloat16))
+    return LLAMA.with_rope(copy.deepcopy(rounded).float()), rounded
 
 
 def test_smollm2_bfloat16_is_as_near_to_float32_as_transformers_is(
@@ -407,7 +242,7 @@ def test_smollm2_bfloat16_is_as_near_to_float32_as_transformers_is(
     ours = errors(smol_bfloat16.model.logits(run(smol_bfloat16.model, tokens)), exact)
     theirs = errors(peer_logits(peer, tokens), exact)
     record_property("ours / theirs", (ours / theirs).tolist())
-    assert (ours <= BF16_ERRORS * theirs).all(), ours / theirs
+    assert (ours <= parity.BF16_ERRORS * theirs).all(), ours / theirs
 
 
 def perplexity(logits_of, tokens, window):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pace import isa, kernels
-from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, Sampling, registry
+from pace.ops import Frequencies, GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, Sampling, registry
 from pace.reference.pack_linear import pack_linear
 from pace.reference.sample import SAMPLING_DTYPE
 from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, draw, rng
@@ -113,7 +113,7 @@ def test_a_backend_falls_back_where_it_does_not_serve_and_says_so_once(outside, 
         assert outside.calls == 1
         for _ in range(2):
             RMSNorm(config, BF16, np.ones(8, np.float32), 1e-5)(np.ones((2, 8), BF16))
-            RoPE(config, F32, np.ones(2, np.float32), 4)
+            RoPE(config, F32, Frequencies(np.ones(2, np.float32)), 4)
     assert outside.calls == 1
     assert caplog.messages == [
         f"NORMS does not serve norm in bfloat16: using {fallback}",
@@ -180,13 +180,13 @@ def norm(make):
 def rope(config, kind):
     q, k = (draw(rng(n), (ROWS, n, 12), kind) for n in (4, 2))
     frequencies = np.linspace(0.1, 1, 6, dtype=np.float32)
-    RoPE(config, kind, frequencies, 20)(q, k, np.arange(3, 3 + ROWS, dtype=np.int32))
+    RoPE(config, kind, Frequencies(frequencies), 20)(q, k, np.arange(3, 3 + ROWS, dtype=np.int32))
     return q, k
 
 
 def test_rope_tables_grow(monkeypatch):
     """Any order of positions, at any size of the tables so far, gives the same bits; none beyond max_positions."""
-    frequencies = np.linspace(0.1, 1, 6, dtype=np.float32)
+    frequencies = Frequencies(np.linspace(0.1, 1, 6, dtype=np.float32))
     q, k = (draw(rng(n), (ROWS, n, 12), F32) for n in (4, 2))
 
     def rotated(operator, first):
@@ -205,7 +205,7 @@ def test_rope_tables_grow(monkeypatch):
 
 
 def test_rope_tables_take_no_memory_for_positions_that_do_not_come():
-    RoPE(OperatorConfig(), F32, np.ones(64, np.float32), 10**13)
+    RoPE(OperatorConfig(), F32, Frequencies(np.ones(64, np.float32)), 10**13)
 
 
 def linear(config, kind):
