@@ -167,7 +167,8 @@ class RoPE:
         if lengths is None or trained is None or lengths.max(initial=0) <= trained:
             self._cover(int(positions.max(initial=0)) + 1)
             return positions, self._tables
-        frequencies = np.stack([self._of_length(length) for length in lengths.tolist()])
+        distinct, which = np.unique(lengths, return_inverse=True)
+        frequencies = np.stack([self._of_length(length) for length in distinct.tolist()])[which]
         return np.arange(len(positions), dtype=np.int32), self._computed(positions, frequencies)
 
     def _of_length(self, length: int) -> Float:
