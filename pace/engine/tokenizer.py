@@ -16,6 +16,8 @@ from tokenizers import Tokenizer as Backend
 from pace.errors import ModelError
 from pace.models.checkpoint import read_json
 
+from . import harmony
+
 Message = Mapping[str, Any]
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -123,10 +125,19 @@ class Tokenizer:
         """Whether encoding puts a space before the text, which decoding takes away again."""
         return self._form.strips_first_space
 
+    @property
+    def needs_harmony(self) -> bool:
+        """Whether there is no chat template, and the vocabulary is made for OpenAI's harmony format."""
+        return not self.chat_templates and all(map(self._backend.token_to_id, harmony.SPECIAL_TOKENS))
+
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any) -> str:
-        """The messages as the model's own template writes them. `kwargs` go to the template (tools, documents, ...)."""
+        """The messages as the model's own template writes them; of GPT-OSS without one, as its format is. `kwargs` go
+        to the template (tools, documents, ...).
+        """
         from .chat_template import compile_template, render
 
+        if self.needs_harmony:
+            return harmony.render(messages, add_generation_prompt, **kwargs)
         name = "tool_use" if kwargs.get("tools") and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             raise ModelError("the model has no chat template: it is not made for chats, give it plain text")

@@ -21,7 +21,7 @@ from pace.partition import by_node, leftover, partition
 
 from .admission import Admission
 from .app import create_app
-from .chat.formats import detect, override
+from .chat.formats import format_of, override
 from .config import ServerConfig
 from .connections import IDLE_SECONDS, Connection, allow_many
 from .fleet import Fleet
@@ -95,10 +95,7 @@ def open_service(config: ServerConfig, groups: list[list[Place | None]]) -> Serv
     with open_checkpoint(path) as checkpoint:
         positions = max_positions(checkpoint)
     tokenizer = Tokenizer.load(path)
-    templates = tokenizer.chat_templates
-    format = override(
-        detect(templates.get("tool_use") or templates.get("default", "")), config.tool_parser, config.reasoning_parser
-    )
+    format = override(format_of(tokenizer), config.tool_parser, config.reasoning_parser)
     config.keys  # noqa: B018 (said now, if it can't be read)
     tracing = None if config.otlp_endpoint is None else _tracing(config.otlp_endpoint)
     admission = Admission(config.max_waiting, config.max_waiting_tokens)

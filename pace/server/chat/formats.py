@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from pace.engine.chat_template import variables
+from pace.engine.tokenizer import Tokenizer
 
 from .tool_calls import Take, take_deepseek, take_harmony, take_json
 
@@ -121,6 +122,14 @@ class Format:
             return header if start else ""
         opening = self.thinking.opening if self.thinking else ""
         return opening if prompt.rstrip().endswith(opening) else ""
+
+
+def format_of(tokenizer: Tokenizer) -> Format:
+    """The format of a model's chats."""
+    if tokenizer.needs_harmony:
+        return Format(HARMONY, ANALYSIS, "variable")
+    templates = tokenizer.chat_templates
+    return detect(templates.get("tool_use") or templates.get("default", ""))
 
 
 def detect(chat_template: str) -> Format:
