@@ -1,12 +1,13 @@
 """The models of benchmarks/configs with random weights, one after the other: `python -m benchmarks.models`.
 
-Each is measured by `pace bench model` in a process of its own, since peak memory is a process's. stdout gets a table in
-Markdown, for benchmarks/LOG.md; stderr tells how far it is. A model that cannot be measured, for want of memory say, has
-the reason in place of its figures, and the exit status is 1.
+Each is measured by `pace bench model` in a process of its own, since peak memory is a process's. stdout gets a table
+in Markdown, for benchmarks/LOG.md; stderr tells how far it is. A model that cannot be measured, for want of memory say,
+has the reason in place of its figures, and the exit status is 1.
 """
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -21,34 +22,22 @@ from pace.info import describe_roofline
 from pace.roofline import Roofline
 
 CONFIGS = Path(__file__).parent / "configs"
-SMALL_FIRST = (
-    "gemma-3-270m",
-    "qwen2.5-0.5b",
-    "gemma-3-1b",
-    "llama-3.2-1b",
-    "opt-1.3b",
-    "qwen2.5-1.5b",
-    "llama-3.2-3b",
-    "phi-4-mini",
-    "gemma-3-4b",
-    "llama-3.1-8b",
-    "gpt-oss-20b",
-)
 HEADER = """\
 | model | weights, 10⁹ | load | memory: packed, peak, GB | prefill, tokens/s | decode, tokens/s | of the machine |
 |---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
+    known = sorted(path.stem for path in CONFIGS.glob("*.json"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *SMALL_FIRST], metavar="NAME", help=", ".join(SMALL_FIRST))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--options", default="", help='of `pace bench model`: --options "--dtype float32 --threads 1"')
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(known):
+        parser.error(f"no configuration {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     print(HEADER, flush=True)
-    measured = [row(name, shlex.split(arguments.options)) for name in arguments.names or SMALL_FIRST]
-    if all(measured):
-        return
-    sys.exit(1)
+    measured = [row(name, shlex.split(arguments.options)) for name in arguments.names or known]
+    sys.exit(0 if all(measured) else 1)
 
 
 def row(name: str, options: Sequence[str]) -> bool:
@@ -56,7 +45,7 @@ def row(name: str, options: Sequence[str]) -> bool:
     print(name, end=" … ", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        config = CONFIGS / f"{name}.json"
+        config = os.path.relpath(CONFIGS / f"{name}.json")
         command = [
             sys.executable,
             "-m",

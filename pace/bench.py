@@ -137,7 +137,7 @@ def measure(
             f"{max(plan.prompt_tokens)} tokens of prompt and {plan.output_tokens} of output do not fit the model's "
             f"context of {model.max_positions}"
         )
-    rounds = Rounds(model, _cache(model, cache, plan, operators), plan, tell)
+    rounds = Rounds(model, new_cache(model, cache, plan, operators), plan, tell)
     rounds.run()
     work = Work.of(model, checkpoint)
     return Report(
@@ -293,7 +293,7 @@ def peak_bytes() -> int | None:
     return kib(read_fields(Path("/proc/self/status")), "VmHWM")
 
 
-def _cache(model: Model, name: str, plan: Plan, operators: OperatorConfig) -> KVCache:
+def new_cache(model: Model, name: str, plan: Plan, operators: OperatorConfig) -> KVCache:
     """With room for the plan; of what is not used nothing is taken."""
     blocks = (max(plan.batches) + 2) * 512  # tokens in blocks that are begun
     tokens = ROOM * plan.cached_tokens + blocks
