@@ -4,12 +4,16 @@ The model alone is measured, with a cache: no sampling, no text, no engine aroun
 """
 
 import re
+import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from math import prod
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 import numpy as np
 from rich import box
@@ -17,7 +21,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import host, numa, roofline
+from . import host, isa, numa, roofline
 from .cache import CACHES, KVCache
 from .cache.base import Ints
 from .engine.config import EngineConfig
@@ -45,7 +49,7 @@ class Pass:
     tokens: int
     seconds: float  # the median
     bound: str  # which limit binds: "memory", "bf16" or "fp32"
-    share: float  # of the pass is what the machine takes for it at that limit
+    share: float  # of its time is what the machine takes at that limit, as measured right before and after; the median
 
     @property
     def rate(self) -> float:
@@ -61,7 +65,7 @@ class Memory:
     cached: int  # keys and values, at most
     before: int | None  # the peak before the model was loaded
     loaded: int | None  # … when it was
-    peak: int | None  # … after every pass, before the limits were measured
+    peak: int | None  # … and in the end
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Report:
     prefill: list[Pass]
     context: int  # tokens before those that are decoded
     decode: list[Pass]
-    limits: Roofline
+    limits: Roofline  # the best that were measured
     rounds: int
 
 
@@ -137,8 +141,9 @@ def measure(
             f"{max(plan.prompt_tokens)} tokens of prompt and {plan.output_tokens} of output do not fit the model's "
             f"context of {model.max_positions}"
         )
-    rounds = Rounds(model, new_cache(model, cache, plan, operators), plan, tell)
-    rounds.run()
+    with Machine() as machine:
+        rounds = Rounds(model, new_cache(model, cache, plan, operators), plan, machine.limits, tell)
+        rounds.run()
     work = Work.of(model, checkpoint)
     return Report(
         model=name,
@@ -149,56 +154,88 @@ def measure(
         operators=asdict(operators),
         cpu=host.describe().cpu,
         load_seconds=seconds,
-        memory=Memory(model.weight_bytes, rounds.cached, before, loaded, rounds.peak),
-        prefill=[work.prefill(tokens, rounds) for tokens in plan.prompt_tokens],
+        memory=Memory(model.weight_bytes, rounds.cached, before, loaded, peak_bytes()),
+        prefill=[work.prefill(tokens, samples) for tokens, samples in rounds.prefills.items()],
         context=plan.context,
-        decode=[work.decode(batch, rounds) for batch in plan.batches],
-        limits=rounds.limits,
+        decode=[work.decode(batch, plan, samples) for batch, samples in rounds.steps.items()],
+        limits=rounds.best,
         rounds=rounds.count,
     )
 
 
+class Machine:
+    """Measures the limits in a process of its own, so that the memory that it takes for that is not the model's."""
+
+    def __init__(self) -> None:
+        interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+        self._process = ProcessPoolExecutor(1, get_context("spawn"), *interrupts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
+
+    def limits(self) -> Roofline:
+        return self._process.submit(roofline.measure, isa.get_num_threads()).result()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How long a pass took in one round, the median, and the limits around it."""
+
+    seconds: float
+    limits: Roofline
+
+
 class Rounds:
-    """Every pass of a plan, again and again, and the machine's limits after each round.
+    """Every pass of a plan, again and again, the limits measured before and after each.
 
     All sequences of a batch begin as forks of one prompt, and go on with random tokens, each with its own.
     """
 
-    def __init__(self, model: Model, cache: KVCache, plan: Plan, tell: Callable[[str], None]) -> None:
-        self.model, self.cache, self.plan, self.tell = model, cache, plan, tell
-        self.prefills: dict[int, list[float]] = {tokens: [] for tokens in plan.prompt_tokens}
-        self.steps: dict[int, list[float]] = {batch: [] for batch in plan.batches}
-        self.count, self.cached = 0, 0
-        self.peak: int | None = None
-        self.limits: Roofline
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        plan: Plan,
+        limits: Callable[[], Roofline],
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.cache, self.plan, self.limits, self.tell = model, cache, plan, limits, tell
+        self.prefills: dict[int, list[Sample]] = {tokens: [] for tokens in plan.prompt_tokens}
+        self.steps: dict[int, list[Sample]] = {batch: [] for batch in plan.batches}
+        self.count, self.cached = 0, 0  # rounds; bytes of keys and values, at most
         self._rng = np.random.default_rng(plan.seed)
 
     def run(self) -> None:
-        began = time.perf_counter()
+        tell, began = self.tell, time.perf_counter()
+        tell("measuring the machine")
+        self.best = self._now = self.limits()
         while self.count == 0 or time.perf_counter() - began < self.plan.seconds:
             self._round()
-            if self.count == 0:
-                self.peak = peak_bytes()  # now, since measuring the limits takes memory of its own
-            self.tell("measuring the machine")
-            found = roofline.measure()
-            self.limits = found if self.count == 0 else roofline.best(self.limits, found)
             self.count += 1
 
     def _round(self) -> None:
-        for tokens, seconds in self.prefills.items():
+        for tokens, samples in self.prefills.items():
             self.tell(f"a prompt of {tokens} tokens")
-            sequence, took = self._prefill(tokens)
-            seconds.append(took)
+            sequence, seconds = self._prefill(tokens)
+            samples.append(self._sample([seconds]))
             if tokens == self.plan.context:
                 prompt = sequence
             else:
                 self._free([sequence])
-        for batch, steps in self.steps.items():
+        for batch, samples in self.steps.items():
             self.tell(f"decoding {batch} at a time")
             sequences = [self.cache.fork(prompt) for _ in range(batch)]
-            steps += [self._step(sequences) for _ in range(self.plan.output_tokens)]
+            samples.append(self._sample([self._step(sequences) for _ in range(self.plan.output_tokens)]))
             self._free(sequences)
         self._free([prompt])
+
+    def _sample(self, seconds: Sequence[float]) -> Sample:
+        before, self._now = self._now, self.limits()
+        self.best = roofline.best(self.best, self._now)
+        return Sample(median(seconds), mean(before, self._now))
 
     def _prefill(self, num_tokens: int) -> tuple[int, float]:
         """The new sequence, and the seconds up to the logits of its next token."""
@@ -260,18 +297,15 @@ class Work:
         outside = [prod(shape) for name, shape in matrices.items() if not LAYER.search(name)]
         return cls(model, layers, max(outside, default=0))
 
-    def prefill(self, tokens: int, rounds: Rounds) -> Pass:
+    def prefill(self, tokens: int, samples: Sequence[Sample]) -> Pass:
         """The head is multiplied for the last token alone."""
         chunks = -(-tokens // CHUNK)
-        flops = 2 * (tokens * self.layers + self.head)
-        return self._pass(tokens, rounds.prefills[tokens], chunks * self.model.bytes_per_step, flops, rounds.limits)
+        return self._pass(tokens, chunks * self.model.bytes_per_step, 2 * (tokens * self.layers + self.head), samples)
 
-    def decode(self, batch: int, rounds: Rounds) -> Pass:
+    def decode(self, batch: int, plan: Plan, samples: Sequence[Sample]) -> Pass:
         """The keys and values of the prompt that all have begun with are counted once."""
-        plan = rounds.plan
         keys = self._keys(plan.context) + batch * self._keys(plan.output_tokens // 2)
-        flops = 2 * batch * (self.layers + self.head)
-        return self._pass(batch, rounds.steps[batch], self.model.bytes_per_step + keys, flops, rounds.limits)
+        return self._pass(batch, self.model.bytes_per_step + keys, 2 * batch * (self.layers + self.head), samples)
 
     def _keys(self, tokens: int) -> int:
         """Bytes of keys and values that one token sees of so many."""
@@ -281,11 +315,23 @@ class Work:
         seen = sum(tokens if window is None else min(tokens, window) for window in windows)
         return seen * shape.bytes_per_token // shape.num_layers
 
-    def _pass(self, tokens: int, seconds: Sequence[float], num_bytes: int, flops: int, limits: Roofline) -> Pass:
+    def _pass(self, tokens: int, num_bytes: int, flops: int, samples: Sequence[Sample]) -> Pass:
         bf16 = self.model.dtype == bfloat16
-        reading, all_of_it = (limits.shortest_seconds(num_bytes, count, bf16=bf16) for count in (0, flops))
-        bound = "memory" if reading == all_of_it else "bf16" if bf16 else "fp32"
-        return Pass(tokens, median(seconds), bound, all_of_it / median(seconds))
+        least = [each.limits.shortest_seconds(num_bytes, flops, bf16=bf16) for each in samples]
+        reads = sum(
+            seconds == each.limits.shortest_seconds(num_bytes) for seconds, each in zip(least, samples, strict=True)
+        )
+        return Pass(
+            tokens,
+            median(each.seconds for each in samples),
+            "memory" if 2 * reads > len(samples) else "bf16" if bf16 else "fp32",
+            median(seconds / each.seconds for seconds, each in zip(least, samples, strict=True)),
+        )
+
+
+def mean(a: Roofline, b: Roofline) -> Roofline:
+    names = ("read_bytes_per_second", "fma_flops", "bf16_flops")
+    return replace(a, **{name: (getattr(a, name) + getattr(b, name)) / 2 for name in names})
 
 
 def peak_bytes() -> int | None:
@@ -329,7 +375,9 @@ def render(report: Report) -> RenderableType:
     for each in report.decode:
         speeds.add_row(f"decode, {each.tokens} at a time", *_cells(each))
     rounds = f"{report.rounds} round{'s' if report.rounds > 1 else ''}"
-    note = f"medians of {rounds}; decoding after {report.context} tokens; the model alone, without sampling"
+    note = (
+        f"medians of {rounds}; decoding after {report.context} tokens; without sampling; limits as measured beside each"
+    )
     return Group(Text(), Text.from_markup(title), facts, speeds, Text(note, style="dim"))
 
 

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks import models
 from pace import bench, host, isa
-from pace.bench import Plan, Rounds, Work
+from pace.bench import Plan, Rounds, Sample, Work
 from pace.models import load_model
 from pace.models.random_weights import RandomCheckpoint, random_checkpoint
 from pace.reference.arrays import float32
@@ -29,7 +29,7 @@ SHORT = ["--prompt-tokens", "5,33", "--output-tokens", 3, "--batch", "1,3", "--s
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch):
     """Measuring them takes a second, and says nothing of what is tested here."""
-    monkeypatch.setattr(bench.roofline, "measure", lambda: LIMITS)
+    monkeypatch.setattr(bench.Machine, "limits", lambda self: LIMITS)
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ def test_what_is_not_finite_is_an_error(tensor, tmp_path):
     assert result.stderr == f"pace: the {what} of a prompt of 5 tokens hold NaN or infinity\n"
 
 
-def rounds(config, plan, dtype="float32"):
+def rounds(config, plan, limits=lambda: LIMITS, dtype="float32"):
     checkpoint = random_checkpoint(config, dtype)
     model = load_model(checkpoint, dtype)
     cache = bench.new_cache(model, "SLAB_POOL", plan, bench.OperatorConfig())
-    return Rounds(model, cache, plan, lambda _: None), checkpoint
+    return Rounds(model, cache, plan, limits), checkpoint
 
 
 def test_rounds_go_on_for_so_long(config, monkeypatch):
@@ -158,8 +158,8 @@ def test_rounds_go_on_for_so_long(config, monkeypatch):
     measured.run()
     # The clock is read twice a pass, 2 + 2 · 4 of them, and once a round.
     assert measured.count == 5
-    assert [len(seconds) for seconds in measured.prefills.values()] == [5, 5]
-    assert [len(seconds) for seconds in measured.steps.values()] == [20, 20]
+    assert [len(samples) for samples in measured.prefills.values()] == [5, 5]
+    assert [len(samples) for samples in measured.steps.values()] == [5, 5]
     assert measured.cache.stats().used_tokens == 0  # and nothing is left
 
 
@@ -175,16 +175,35 @@ def test_what_a_pass_takes_of_the_machine(config):
     assert work.layers == layers * hidden * (2 * query + 2 * key + 3 * inner)
     assert work.head == hidden * BASE["vocab_size"]
 
-    slow = Roofline(1.0, 1e30, 1e30, 1, "avx512")  # one byte a second
-    measured.limits, measured.steps[4] = slow, [1.0]
-    step = work.decode(4, measured)
+    def of_a_second(read, flops):
+        return [Sample(1.0, Roofline(read, flops, 2 * flops, 1, "avx512"))]
+
+    step = work.decode(4, plan, of_a_second(1.0, 1e30))
     per_token = 2 * layers * key * 4
-    assert step.bound == "memory"
+    assert (step.bound, step.rate) == ("memory", 4)
     assert step.share == pytest.approx(model.bytes_per_step + (10 + 4 * 3) * per_token)
-    measured.limits, measured.prefills[20] = Roofline(1e30, 1.0, 2.0, 1, "avx512"), [1.0]
-    prompt = work.prefill(20, measured)
+    prompt = work.prefill(20, of_a_second(1e30, 1.0))
     assert (prompt.bound, prompt.rate) == ("fp32", 20)
     assert prompt.share == pytest.approx(2 * (20 * work.layers + work.head))
+
+
+def test_limits_are_those_beside_each_pass(config):
+    rates = iter((8.0, 4.0, 2.0, 6.0))
+    measured, _ = rounds(config, Plan([5], 2, [1, 3], seconds=0), lambda: replace(LIMITS, fma_flops=next(rates)))
+    measured.run()
+    beside = [samples[0].limits.fma_flops for samples in (measured.prefills[5], measured.steps[1], measured.steps[3])]
+    assert beside == [6, 3, 4]
+    assert measured.best.fma_flops == 8
+
+
+def test_the_machine_is_measured_elsewhere(monkeypatch):
+    monkeypatch.undo()
+    before = bench.peak_bytes()
+    with bench.Machine() as machine:
+        found = machine.limits()
+    assert found.num_threads == isa.get_num_threads()
+    assert found.read_bytes_per_second > 1e8
+    assert before is None or bench.peak_bytes() - before < 100e6  # the buffer that is read has 256 MB or more
 
 
 def test_a_token_is_multiplied_with_the_experts_that_it_has(config):
