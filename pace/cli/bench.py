@@ -71,9 +71,9 @@ def model(
     with stderr().status("loading") as status, _checkpoint(model, config, dtype, layers, seed) as checkpoint:
         name = config.stem if config is not None else str(model)
         report = measure(checkpoint, name, plan, dtype, cache, operators, tell=status.update)
+    Console().print(render(report))
     if write_json is not None:
         write_json.write_text(json.dumps(asdict(report), indent=2) + "\n")
-    Console().print(render(report))
 
 
 def _checkpoint(model: str | None, config: Path | None, dtype: str, layers: int | None, seed: int) -> "Checkpoint":
