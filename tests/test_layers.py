@@ -11,6 +11,7 @@ PACE = Path(__file__).parent.parent / "pace"
 ORDER = [
     ("__main__",),
     ("cli",),
+    ("bench",),
     ("info",),
     ("__init__",),
     ("server", "llm"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench import bench
 from .serve import serve
 from .sizes import as_bytes
 from .terminal import INTERRUPTED, note, reported, show_warnings, stderr
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 
 app.command()(reported()(serve))
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
