@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
@@ -30,19 +31,27 @@ class CacheShape:
     head_dim: int
     dtype: np.dtype[np.generic]
     max_tokens: int  # of the longest sequence
+    windows: tuple[int | None, ...] = ()  # how many keys each layer sees, None for all; () where all layers see all
+
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} layers; it must have {self.num_layers}, or none")
+        for window in self.windows:
+            if window is not None and (not isinstance(window, Integral) or window < 1):
+                raise ValueError(f"windows has {window!r}; each must be an integer of at least 1, or None")
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values, in all layers."""
+        """Of keys and values, in all layers: of a token that no layer has given back."""
         return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """How full a cache is, over all layers."""
+    """How full a cache is, over all layers. With windows, sequences may have more tokens than its capacity."""
 
     used_tokens: int  # of all sequences; one that several share counts for each
-    capacity_tokens: int
+    capacity_tokens: int  # of tokens in all layers
     used_bytes: int  # that sequences hold, full or not; what several share counts once
     capacity_bytes: int
     cached_bytes: int = 0  # that no sequence holds, kept for those to come; whoever needs the room gets it
@@ -60,8 +69,8 @@ class Placement:
     positions: Ints  # (tokens,) in their sequences
     starts: Ints  # (sequences + 1,)
     lengths: Ints  # (sequences,) with the new tokens
-    block_tables: Ints  # (sequences, blocks)
-    slots: Longs  # (tokens,)
+    block_tables: tuple[Ints, ...]  # of each group of layers, (sequences, blocks)
+    slots: tuple[Longs, ...]  # of each group, (tokens,)
     spans: Ints | None = None  # (tokens, 2) positions that see each other in both directions; see reference.attend
     text_lengths: Ints | None = None  # (tokens,) of the texts that they belong to, where rotary positions follow them
 
@@ -73,6 +82,11 @@ class KVCache(ABC):
     CacheFull and changes nothing; then attend, once a layer, writes their keys and values and reads all that there are.
     Tokens that have been appended and not been through every layer are taken back by truncate before anything else is
     asked of the cache. A number that is no sequence's is a ValueError.
+
+    A layer with a window keeps what its next queries see: an append gives back what lies before the last `window`
+    tokens that were there when it came, and nothing of its own. So it can always be taken back, in part or whole.
+
+    Capacity is told in tokens of all layers, rounded up where it is needed and down where it is free.
     """
 
     @abstractmethod
@@ -121,12 +135,19 @@ class KVCache(ABC):
         """Write k and v of the new tokens, then attend their q over the keys of their sequences.
 
         q: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim). Returns (tokens, heads, head_dim). window,
-        sinks and softcap are those of pace.reference.attend.
+        sinks and softcap are those of pace.reference.attend. ValueError for a window larger than the shape's.
         """
 
     @abstractmethod
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget all tokens of a sequence but its first `length`. ValueError where it has fewer."""
+        """Forget all tokens of a sequence but its first `length`.
+
+        ValueError where it has fewer, and for lengths below `shortest`, but 0.
+        """
+
+    @abstractmethod
+    def shortest(self, sequence: int) -> int:
+        """The least that truncate can leave of a sequence, beside nothing: below, windows have given back too much."""
 
     @abstractmethod
     def fork(self, sequence: int) -> int:
@@ -142,14 +163,27 @@ class KVCache(ABC):
 
     @abstractmethod
     def tokens_needed(
-        self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None, forked_at: int | None = None
+        self,
+        num_tokens: Count,
+        prompt: Sequence[int] | Ints | None = None,
+        forked_at: int | None = None,
+        chunk: int | None = None,
     ) -> Count:
-        """Capacity that a sequence of num_tokens takes by itself, in tokens: they come in blocks. For several, an
-        array of int64.
+        """Capacity that a sequence takes at most by itself until it has num_tokens: they come in blocks. For several,
+        an array of int64.
 
-        Of one that begins with `prompt`, or as a fork cut back to `forked_at` tokens, only what free_tokens would be
-        less: not what living sequences hold of it.
+        chunk: the most tokens that one append brings (None: all of them), which windows have to hold beside what they
+        see. Of a sequence that begins with `prompt`, or as a fork cut back to `forked_at` tokens, only what free_tokens
+        would be less: not what living sequences hold of it.
         """
+
+    @abstractmethod
+    def tokens_to_come(self, sequences: Sequence[int], lengths: Longs, chunks: Longs) -> int:
+        """Capacity that sequences may still take, at most, until they have these lengths, each by its own `chunk`."""
+
+    @abstractmethod
+    def held_tokens(self, sequences: Sequence[int]) -> int:
+        """Capacity that sequences hold now; what several share counts for each."""
 
     @abstractmethod
     def free_tokens(self) -> int:

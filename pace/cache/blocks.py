@@ -1,10 +1,13 @@
 """What the caches share: one memory cut into blocks, and the tables that say which blocks a sequence holds.
 
-A block holds `block_tokens` tokens of one sequence, keys and values, in all layers. A sequence of n tokens holds
-⌈n / block_tokens⌉ blocks, those of its row of the tables, and its number is that row. What an append does, it does for
-all sequences, blocks and tokens at once.
+A block holds `block_tokens` tokens of one sequence, keys and values, in the layers of one group: all layers, where no
+windows differ. A sequence has a row of the tables for each group, its blocks in the order of its tokens; its number
+counts these rows. A group with a window has given back its first blocks, as many as `_kept` says, and their numbers in
+the tables mean nothing; they are never read, as no query sees them. What an append does, it does for all sequences,
+groups, blocks and tokens at once.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,47 +18,73 @@ from pace.reference.store_kv import GROUP, kv_shapes
 
 from .base import CacheFull, CacheShape, CacheStats, Count, Ints, KVCache, Longs, Placement, check_tokens
 from .memory import Memory
+from .windows import Groups
 
 ENDED = -1  # the length of what is no sequence
 
 
 class BlockCache(KVCache):
-    """`capacity_tokens` is what sequences may hold, `room_for` what one of them holds."""
+    """Room is counted in parts: a token in all layers is `parts`, as many as there are groups, or layers, that may hold
+    it or not. `capacity` is what sequences may hold.
+    """
 
     def __init__(
         self,
         shape: CacheShape,
         operators: OperatorConfig,
+        groups: Groups,
         block_tokens: int,
         num_blocks: int,
-        capacity_tokens: int,
+        parts: int,
+        part_bytes: int,
+        capacity: int,
         huge_pages: bool,
     ) -> None:
         self.shape, self.block_tokens, self.num_blocks = shape, block_tokens, num_blocks
-        self.capacity_tokens = capacity_tokens
-        self.block_bytes = block_tokens * shape.bytes_per_token
+        self.groups, self._num_groups = groups, len(groups.windows)
+        self.parts, self.part_bytes, self.capacity = parts, part_bytes, capacity
+        layer_bytes = block_tokens * shape.bytes_per_token // max(shape.num_layers, 1)
+        self.block_bytes = layer_bytes * groups.layers
         self._memory = Memory(num_blocks * self.block_bytes, huge_pages)
         # The order of the axes is the order in memory, and it is decided here alone.
         self._blocks = self._memory.bytes.view(shape.dtype).reshape(
-            num_blocks, shape.num_layers, 2, shape.kv_heads, block_tokens // GROUP, GROUP * shape.head_dim
+            num_blocks, groups.layers, 2, shape.kv_heads, block_tokens // GROUP, GROUP * shape.head_dim
         )
         k_shape, v_shape = kv_shapes(num_blocks, shape.kv_heads, block_tokens, shape.head_dim, shape.dtype)
         self._layers = [
-            (self._blocks[:, layer, 0].reshape(k_shape), self._blocks[:, layer, 1].reshape(v_shape))
-            for layer in range(shape.num_layers)
+            (group, self._blocks[:, place, 0].reshape(k_shape), self._blocks[:, place, 1].reshape(v_shape))
+            for group, place in groups.places
         ]
+        self._seen = shape.windows or (None,) * shape.num_layers
         self._attention = Attention(operators, shape.dtype)
         self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack, its top at _num_free
         self._num_free = num_blocks
         self._lengths = np.zeros(0, np.int64)  # of each sequence
-        self._tables = np.zeros((0, 1), np.int32)  # of each sequence; past its blocks numbers mean nothing
+        self._tables = np.zeros((0, 1), np.int32)  # of each sequence and group; past its blocks numbers mean nothing
+        self._windows = np.zeros(0, np.int64)  # those that there are, of groups or of layers
+        self._window_tokens = block_tokens  # what a window takes and gives back at once
+        self._kept = np.zeros((0, 0), np.int64)  # of each window and sequence: how many of these it has given back
         self._ended: list[int] = []  # rows that are no sequence's, the next one last
 
     # --- what the caches differ in ---
 
-    def room_for(self, lengths: Count) -> Count:
-        """Tokens of capacity that sequences of these lengths hold."""
-        return self._blocks_of(lengths) * self.block_tokens
+    @abstractmethod
+    def free_parts(self) -> int:
+        """Parts that sequences can still take."""
+
+    @abstractmethod
+    def parts_needed(self, lengths: Count, chunk: int | None) -> Count:
+        """Parts that sequences of these lengths take at most; see tokens_needed."""
+
+    @abstractmethod
+    def _make_room(self, rows: Longs, grown: Longs, blocks: int, kept: Longs) -> None:
+        """CacheFull unless the sequences can grow to the lengths `grown`, which takes so many blocks more; windows give
+        back what `kept` says, (windows, sequences).
+        """
+
+    @abstractmethod
+    def _drop(self, sequence: int, before: int, length: int) -> None:
+        """Give back what a sequence of length `before` holds past `length`."""
 
     def _take(self, count: int) -> Ints:
         """That many blocks, which there are. It is a view of the free stack, good until blocks are given back."""
@@ -66,10 +95,6 @@ class BlockCache(KVCache):
         """Blocks of one sequence back, in its order."""
         self._free[self._num_free : self._num_free + len(blocks)] = blocks[::-1]
         self._num_free += len(blocks)
-
-    def _make_room(self, rows: Longs, grown: Longs, blocks: int) -> None:
-        """CacheFull unless the sequences can grow to the lengths `grown`, which takes so many blocks more."""
-        self._require(blocks * self.block_tokens)
 
     # --- the protocol ---
 
@@ -91,10 +116,15 @@ class BlockCache(KVCache):
         self._check_longest(rows, grown)
         held = self._blocks_of(lengths)
         more = self._blocks_of(grown) - held
-        blocks = int(more.sum())
-        self._make_room(rows, grown, blocks)
-        if blocks:
+        blocks = int(more.sum()) * self._num_groups
+        kept = self._kept_after(rows, lengths, grown) if len(self._windows) else self._kept
+        self._make_room(rows, grown, blocks, kept)
+        if blocks and self._num_groups == 1:
             self._fill_tables(rows, held, more, self._take(blocks))
+        elif blocks:
+            each = self._num_groups
+            lines = np.concatenate(self._lines(rows))
+            self._fill_tables(lines, np.tile(held, each), np.tile(more, each), self._take(blocks))
         self._lengths[rows] = grown
         return self._place(rows, added, grown)
 
@@ -110,13 +140,16 @@ class BlockCache(KVCache):
         sinks: Float | None = None,
         softcap: float | None = None,
     ) -> Array:
-        keys, values = self._layers[layer]
-        self._attention.store(k, v, keys, values, placement.slots)
+        group, keys, values = self._layers[layer]
+        limit = self._seen[layer]
+        if limit is not None and (window is None or window > limit):
+            raise ValueError(f"window is {window}; layer {layer} of this cache holds what a window of {limit} sees")
+        self._attention.store(k, v, keys, values, placement.slots[group])
         attended: Array = self._attention.attend(
             q,
             keys,
             values,
-            placement.block_tables,
+            placement.block_tables[group],
             placement.starts,
             placement.lengths,
             scale,
@@ -131,16 +164,20 @@ class BlockCache(KVCache):
         before = self.length(sequence)
         if not 0 <= length <= before:
             raise ValueError(f"length is {length}; sequence {sequence} has {before} tokens")
-        self._give(self._tables[sequence, self._blocks_of(length) : self._blocks_of(before)])
+        if 0 < length < self.shortest(sequence):
+            raise ValueError(
+                f"length is {length}; of sequence {sequence}, windows hold what lengths from "
+                f"{self.shortest(sequence)} to {before} need: cut it to one of these, or to 0"
+            )
+        self._drop(sequence, before, length)
+        if length == 0:
+            self._kept[:, sequence] = 0
         self._lengths[sequence] = length
 
-    def fork(self, sequence: int) -> int:
-        length, blocks = self.length(sequence), self._blocks_held(sequence)
-        self._require(self.room_for(length))
-        copies = self._take(len(blocks))
-        for i, (block, copy) in enumerate(zip(blocks, copies, strict=True)):
-            self._copy(block, copy, min(length - i * self.block_tokens, self.block_tokens))
-        return self._begin(copies, length)
+    def shortest(self, sequence: int) -> int:
+        self.length(sequence)
+        kept = self._kept[:, sequence]
+        return int(np.where(kept > 0, kept * self._window_tokens + self._windows, 0).max(initial=0))
 
     def free(self, sequence: int) -> None:
         self.truncate(sequence, 0)
@@ -153,20 +190,23 @@ class BlockCache(KVCache):
         return int(self._lengths[sequence])
 
     def free_tokens(self) -> int:
-        return self._num_free * self.block_tokens
+        return self.free_parts() // self.parts
 
     def tokens_needed(
-        self, num_tokens: Count, prompt: Sequence[int] | Ints | None = None, forked_at: int | None = None
+        self,
+        num_tokens: Count,
+        prompt: Sequence[int] | Ints | None = None,
+        forked_at: int | None = None,
+        chunk: int | None = None,
     ) -> Count:
-        return self.room_for(num_tokens)
+        return self._in_tokens(self.parts_needed(num_tokens, chunk))
 
     def stats(self) -> CacheStats:
-        per_token = self.shape.bytes_per_token
         return CacheStats(
             used_tokens=int(self._lengths[self._lengths > 0].sum()),
-            capacity_tokens=self.capacity_tokens,
-            used_bytes=(self.capacity_tokens - self.free_tokens()) * per_token,
-            capacity_bytes=self.capacity_tokens * per_token,
+            capacity_tokens=self.capacity // self.parts,
+            used_bytes=(self.capacity - self.free_parts()) * self.part_bytes,
+            capacity_bytes=self.capacity * self.part_bytes,
         )
 
     # --- the work ---
@@ -174,15 +214,31 @@ class BlockCache(KVCache):
     def _blocks_of(self, lengths: Count) -> Count:
         return -(-lengths // self.block_tokens)
 
-    def _blocks_held(self, sequence: int) -> Ints:
-        blocks: Ints = self._tables[sequence, : self._blocks_of(self.length(sequence))]
-        return blocks
+    def _lines(self, rows: Longs) -> tuple[Longs, ...]:
+        """The rows of the tables, of each group."""
+        each = self._num_groups
+        return (rows,) if each == 1 else tuple(rows * each + group for group in range(each))
 
-    def _require(self, num_tokens: int) -> None:
-        if num_tokens > self.free_tokens():
+    def _in_tokens(self, parts: Count) -> Count:
+        return -(-parts // self.parts)
+
+    def _require(self, parts: int) -> None:
+        if parts > self.free_parts():
             raise CacheFull(
-                f"room for {num_tokens} more tokens is needed; {self.free_tokens()} of {self.capacity_tokens} are free"
+                f"room for {self._in_tokens(parts)} more tokens is needed; "
+                f"{self.free_tokens()} of {self.capacity // self.parts} are free"
             )
+
+    def _kept_after(self, rows: Longs, lengths: Longs, grown: Longs) -> Longs:
+        """What windows will have given back when sequences have grown, (windows, sequences).
+
+        Only those that take something give something back, so that a sequence which goes on token by token holds the
+        same all the time.
+        """
+        tokens, kept = self._window_tokens, self._kept[:, rows]
+        takes = -(-grown // tokens) > -(-lengths // tokens)
+        outside = np.maximum(lengths - self._windows[:, None], 0) // tokens
+        return np.where(takes, np.maximum(kept, outside), kept)
 
     def _rows_of(self, sequences: Sequence[int]) -> Longs:
         rows = np.array(sequences, np.int64)
@@ -204,7 +260,8 @@ class BlockCache(KVCache):
         rows = len(self._lengths)
         more = max(rows, 16)
         self._lengths = np.append(self._lengths, np.full(more, ENDED, np.int64))
-        self._tables = np.pad(self._tables, ((0, more), (0, 0)))
+        self._tables = np.pad(self._tables, ((0, more * self._num_groups), (0, 0)))
+        self._kept = np.pad(self._kept, ((0, 0), (0, more)))
         self._ended += range(rows, rows + more)[::-1]
 
     def _widen_tables(self, columns: int) -> None:
@@ -221,40 +278,20 @@ class BlockCache(KVCache):
         self._widen_tables(int(held.max()) + width)
         first = more.cumsum() - more
         padded = np.concatenate((blocks, np.zeros(width, np.int32)))
-        _windows(self._tables.reshape(-1), width)[rows * self._tables.shape[1] + held] = _windows(padded, width)[first]
+        _strips(self._tables.reshape(-1), width)[rows * self._tables.shape[1] + held] = _strips(padded, width)[first]
 
     def _place(self, rows: Longs, added: Longs, lengths: Longs) -> Placement:
         starts = np.zeros(len(rows) + 1, np.int32)
         added.cumsum(out=starts[1:])
-        tables = self._tables[rows, : self._blocks_of(int(lengths.max(initial=0)))]
+        columns = self._blocks_of(int(lengths.max(initial=0)))
+        tables = tuple(self._tables[lines, :columns] for lines in self._lines(rows))
         owner = np.arange(len(rows)).repeat(added)
         positions = np.arange(starts[-1]) + (lengths - starts[1:])[owner]
         block, offset = np.divmod(positions, self.block_tokens)
-        slots = tables[owner, block].astype(np.int64) * self.block_tokens + offset
+        slots = tuple(table[owner, block].astype(np.int64) * self.block_tokens + offset for table in tables)
         return Placement(positions.astype(np.int32), starts, lengths.astype(np.int32), tables, slots)
 
-    def _begin(self, blocks: Ints, length: int) -> int:
-        """A new sequence of these blocks."""
-        sequence = BlockCache.allocate(self)
-        self._widen_tables(len(blocks))
-        self._tables[sequence, : len(blocks)] = blocks
-        self._lengths[sequence] = length
-        return sequence
 
-    def _copy(self, block: int, copy: int, num_tokens: int) -> None:
-        """The first tokens of a block into another, in whole groups."""
-        groups = -(-num_tokens // GROUP)
-        self._blocks[copy, ..., :groups, :] = self._blocks[block, ..., :groups, :]
-
-
-def _windows(array: Ints, width: int) -> Ints:
+def _strips(array: Ints, width: int) -> Ints:
     """(…, width): row i is array[i : i + width]. NumPy's sliding_window_view, at a tenth of its cost."""
     return np.ndarray((len(array) - width + 1, width), array.dtype, array, strides=2 * array.strides)
-
-
-def blocks_within(shape: CacheShape, capacity_bytes: int, block_tokens: int) -> int:
-    """How many blocks that is. ValueError where it is none."""
-    block_bytes = block_tokens * shape.bytes_per_token
-    if capacity_bytes < block_bytes:
-        raise ValueError(f"kv_cache_bytes is {capacity_bytes}; one block of this model takes {block_bytes}")
-    return capacity_bytes // block_bytes

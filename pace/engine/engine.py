@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         self.model, self.cache, self.tokenizer = model, cache, tokenizer
         self.config = config or EngineConfig()
-        self.intake = Intake(model, cache, tokenizer, generation_config or {})
+        self.intake = Intake(model, cache, tokenizer, generation_config or {}, self.config.max_batch_tokens)
         self.scheduler = Scheduler(cache, self.config)
         self._sampler = Sampler(tokenizer, operators or OperatorConfig())
         self._requests = self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0

@@ -1,6 +1,8 @@
 """What users ask for, made into requests that the engine can take: checked, encoded, or refused with the numbers."""
 
+from bisect import bisect_right
 from collections import abc
+from functools import partial
 from itertools import count
 from numbers import Integral
 from operator import index
@@ -27,9 +29,14 @@ class Intake:
     """Safe to use from several threads."""
 
     def __init__(
-        self, model: Model, cache: KVCache, tokenizer: Tokenizer, generation_config: abc.Mapping[str, Any]
+        self,
+        model: Model,
+        cache: KVCache,
+        tokenizer: Tokenizer,
+        generation_config: abc.Mapping[str, Any],
+        max_batch_tokens: int | None = None,
     ) -> None:
-        """ModelError for a generation_config whose values can't be."""
+        """max_batch_tokens: of a prompt, in one step. ModelError for a generation_config whose values can't be."""
         try:
             self.defaults = model_defaults(generation_config)
         except ValueError as error:
@@ -42,7 +49,10 @@ class Intake:
         named = as_token_ids(generation_config.get("eos_token_id")) or tokenizer.eos_token_ids
         self.end_tokens = frozenset(token for token in named if 0 <= token < model.vocabulary)
         self._tokenizer = tokenizer
-        self._capacity, self._tokens_needed = cache.stats().capacity_tokens, cache.tokens_needed
+        self._capacity = cache.stats().capacity_tokens
+        self._tokens_needed = partial(cache.tokens_needed, chunk=max_batch_tokens)
+        lengths = range(self.max_positions + 1)
+        self._longest = bisect_right(lengths, self._capacity, key=self._tokens_needed) - 1  # that the cache holds
         self._grammars = Grammars(tokenizer, model.vocabulary, self.end_tokens)
         self._ids = count()
 
@@ -160,7 +170,7 @@ class Intake:
             raise ValueError(
                 f"{least} tokens do not fit the cache's {capacity}: give kv_cache_bytes of {needed} or more"
             )
-        return min(wanted, capacity - prompt_tokens)
+        return min(wanted, self._longest - prompt_tokens)
 
 
 def _as_id(token: int) -> int:

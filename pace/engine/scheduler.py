@@ -133,36 +133,45 @@ class Scheduler:
         if len(self.running) == len(gone):
             return True  # whoever is alone fits, or would not have been taken on
         goal = self._goal(sequence)
-        room = self.cache.free_tokens() - self._promised() + self._wanted(gone)
-        if self.cache.tokens_needed(goal) <= room:
+        chunk = self._chunk(sequence)
+        room = self.cache.free_tokens() - self._promised(gone) + self._held(gone)
+        if self.cache.tokens_needed(goal, chunk=chunk) <= room:
             return True
         if self._forks(sequence) and sequence.request.sequences[0] not in gone:
-            return self.cache.tokens_needed(goal, forked_at=sequence.num_prompt - 1) <= room
+            return self.cache.tokens_needed(goal, forked_at=sequence.num_prompt - 1, chunk=chunk) <= room
         # Whose prompt has to go through the model whole begins with nothing that others hold.
         if sequence.request.whole_prompt or (sequence, room) == self._refused:
             return False
-        fits = self.cache.tokens_needed(goal, sequence.ids) <= room
+        fits = self.cache.tokens_needed(goal, sequence.ids, chunk=chunk) <= room
         self._refused = None if fits else (sequence, room)  # a long prompt is not looked up again at every step
         return fits
 
     def _forks(self, sequence: Sequence) -> bool:
-        """Whether it can begin as a fork of its request's first, which has been through the prompt."""
+        """Whether it can begin as a fork of its request's first, which has been through the prompt, and whose windows
+        still have the end of it.
+        """
         first = sequence.request.sequences[0]
-        return not sequence.token_ids and first.slot is not None and first.computed >= sequence.num_prompt
+        if sequence.token_ids or first.slot is None or first.computed < sequence.num_prompt:
+            return False
+        return self.cache.shortest(first.slot) <= sequence.num_prompt - 1
 
     def _goal(self, sequence: Sequence) -> int:
         """The length for which a sequence must find room before it is let in."""
         return min(len(sequence.ids) + self.config.reserve_tokens, sequence.most_tokens)
 
-    def _promised(self) -> int:
-        """Capacity that those who run have not taken yet: for the rest of their prompts, and their reserve."""
-        computed = np.array([sequence.computed for sequence in self.running], np.int64)
-        return self._wanted(self.running) - int(self.cache.tokens_needed(computed).sum())
+    def _chunk(self, sequence: Sequence) -> int:
+        """The most tokens that a step brings of it from now on."""
+        return min(sequence.pending, max(1, self.config.max_batch_tokens))
 
-    def _wanted(self, sequences: abc.Sequence[Sequence]) -> int:
-        """Capacity that they have taken, or are promised."""
-        goals = np.array([self._goal(sequence) for sequence in sequences], np.int64)
-        return int(self.cache.tokens_needed(goals).sum())
+    def _promised(self, gone: abc.Sequence[Sequence]) -> int:
+        """Capacity that those who stay have not taken yet: for the rest of their prompts, and their reserve."""
+        staying = [sequence for sequence in self.running if sequence not in gone]
+        goals = np.array([self._goal(sequence) for sequence in staying], np.int64)
+        chunks = np.array([self._chunk(sequence) for sequence in staying], np.int64)
+        return self.cache.tokens_to_come(_slots(staying), goals, chunks)
+
+    def _held(self, sequences: abc.Sequence[Sequence]) -> int:
+        return self.cache.held_tokens(_slots(sequences))
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.slot = self._slot_for(sequence)
@@ -222,6 +231,10 @@ class Scheduler:
             at += count
             if count == sequence.pending:
                 ready.append(i)
-        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
-        placement = self.cache.append(slots, counts, tokens)
+        placement = self.cache.append(_slots(sequences), counts, tokens)
         return Batch(sequences, counts, decoding, tokens, placement, ready)
+
+
+def _slots(sequences: abc.Iterable[Sequence]) -> list[int]:
+    """Of those who run."""
+    return [sequence.slot for sequence in sequences if sequence.slot is not None]

@@ -59,10 +59,10 @@ def test_dynamic_doubles():
 def test_a_sequence_is_one_run_that_stays_where_it_is(name):
     cache = make(name, blocks=80)
     first, second = cache.allocate(), cache.allocate()
-    tables = [cache.append([first, second], counts).block_tables for counts in ([1, 1], [300, 5], [200, 400])]
+    tables = [cache.append([first, second], counts).block_tables[0] for counts in ([1, 1], [300, 5], [200, 400])]
     assert all(np.array_equal(table, tables[0]) for table in tables)
     assert tables[0].shape == (2, 1)
-    k, v = cache._layers[0]
+    _, k, v = cache._layers[0]
     assert k.shape[2] * 16 == cache.block_tokens >= MAX_TOKENS
     assert k[0, 0].flags.c_contiguous
     assert v[0, 0].flags.c_contiguous

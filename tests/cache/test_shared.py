@@ -141,11 +141,8 @@ def test_the_longest_idle_goes_first_and_the_end_before_the_beginning(new):
     cache.free(cache.allocate(tokens_of(1, 9)))  # so that 1 is the one used last, and 3 and 2 the longest idle
 
     def known():
-        lengths = []
-        for prompt in (tokens_of(1, 2, 3, 0), tokens_of(4, 5, 0)):
-            blocks = list(cache._known(prompt))  # looked at without being used
-            lengths.append(len(blocks))
-        return lengths
+        # Looked at without being used.
+        return [len(cache._known(prompt)[0]) for prompt in (tokens_of(1, 2, 3, 0), tokens_of(4, 5, 0))]
 
     assert known() == [3, 2]
     filler = cache.allocate()
