@@ -16,3 +16,17 @@ INLINE size_t compress_epi32(void *p, __mmask16 m, __m512i a) {
     return (size_t)__builtin_popcount(m);
 }
 INLINE size_t compress_ps(void *p, __mmask16 m, __m512 a) { return compress_epi32(p, m, _mm512_castps_si512(a)); }
+
+// bfloat16 of E2M1: the codes are bits 4·N … 4·N + 3 of each 16-bit lane. `exponent` is what is added to the exponent
+// of all but zeros, a multiple of 2^7.
+#define bf16_of_e2m1(codes, N, exponent) scaled_e2m1(_mm512_srli_epi16(codes, 4 * (N)), exponent)
+INLINE __m512i scaled_e2m1(__m512i codes, __m512i exponent) {
+    // The instruction looks at five bits: the table is there twice, so that the next code's lowest does not matter.
+    static const uint16_t values[32] __attribute__((aligned(64))) = {
+        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80,
+        0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
+        0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    };
+    const __m512i x = _mm512_permutexvar_epi16(codes, _mm512_load_si512(values));
+    return _mm512_mask_add_epi16(x, _mm512_test_epi16_mask(x, _mm512_set1_epi16(0x7fff)), x, exponent);
+}
