@@ -10,7 +10,7 @@ weights: a weight is an E2M1 of four bits, times a power of two that 32 neighbou
                               bits 16 … 31    k = 8q + 1, + 3, + 5, + 7
 
 so that a shift by 0, 4, 8 or 12 brings pairs of neighbours under one table of 16-bit numbers: bfloat16 has all the
-values, and pairs of them are what a panel of bfloat16 holds.
+values, and pairs of them are what a panel of bfloat16 holds. The code 8, the negative zero, does not occur.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .pack_linear import PANEL, PackedLinear, pack_linear, panels_shape, unpack_
 MXFP4 = np.dtype(np.uint8)  # the dtype of its panels
 BLOCK = 32  # weights along k that share a scale
 MAX_SCALE = 252  # 6 · 2^(252 - 127) is the largest of them that bfloat16 has
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 # Where the 32 bits of eight codes have those of k = 0, 1, …
 _SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], np.uint32)
@@ -47,9 +47,8 @@ class PackedExperts:
         wanted = _shape(self.out_features, self.in_features, self.dtype, self.gated)
         if self.panels.shape[1:] != wanted:
             features = f"{self.out_features} × {self.in_features}{', gated' if self.gated else ''}"
-            raise ValueError(
-                f"panels has shape {self.panels.shape}; it must be (experts, {', '.join(map(str, wanted))}) ({features})"
-            )
+            shape = ", ".join(map(str, ("experts", *wanted)))
+            raise ValueError(f"panels has shape {self.panels.shape}; it must be ({shape}) ({features})")
         if not self.panels.flags.c_contiguous:
             raise ValueError(f"panels has strides {self.panels.strides}; it must be C-contiguous")
 
@@ -102,8 +101,8 @@ def pack_experts(
     K/32, 16) uint8, as checkpoints have MXFP4: a byte is two codes, that of the lower k in its lower bits; both with
     any stride between rows, contiguous within a row. Rows 16·i … 16·i+15 go to panel `first_panel + i · panel_step`.
 
-    MXFP4 stays exact, with one exception: what is no normal bfloat16, smaller than 2^-126 (0.5, 1 and 1.5 at a scale of
-    0, and 0.5 at 1), becomes zero.
+    MXFP4 stays exact, but for two things: what is no normal bfloat16, smaller than 2^-126 (0.5, 1 and 1.5 at a scale of
+    0, and 0.5 at 1), becomes zero, and zero has no sign.
 
     Errors as pack_linear's; ValueError also for no such expert, for scales where `into` is not MXFP4, none where it
     is, and a scale above 252: 255 is NaN, and 253 and 254 have values that are no bfloat16.
@@ -129,8 +128,8 @@ def pack_experts(
     codes[:rows, :, 0::2], codes[:rows, :, 1::2] = weight & 15, weight >> 4
     exponents = np.full((count * PANEL, blocks), 127, np.uint8)
     exponents[:rows] = scales
-    least = np.select([exponents == 0, exponents == 1], [4, 2], 0)[..., None]  # the code of the least that is normal
-    codes = np.where(codes & 7 < least, codes & 8, codes)
+    least = np.select([exponents == 0, exponents == 1], [4, 2], 1)[..., None]  # the code of the least normal number
+    codes[codes & 7 < least] = 0
 
     panels = np.empty((count, blocks, 1 + PANEL, PANEL), np.uint8)
     panels[:, :, 0] = exponents.reshape(count, PANEL, blocks).transpose(0, 2, 1)

@@ -77,6 +77,17 @@ INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const st
         return;
     }
     const size_t num_blocks = w->in_features / MXFP4_BLOCK;
+    if (unit->rows <= 4 && panels == 4) {
+        const word *rows = a + unit->first * a_words;
+        switch (unit->rows) {
+        case 1: sum_mxfp4(kind, 1, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
+#if RUNG_AVX512
+        case 2: sum_mxfp4(kind, 2, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
+        case 3: sum_mxfp4(kind, 3, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
+        case 4: sum_mxfp4(kind, 4, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
+#endif
+        }
+    }
     t.b = unpacked;
     t.b_panel = words_of(kind, CHUNK_BLOCKS * MXFP4_BLOCK) * 16;
     for (size_t block = 0; block < num_blocks; block += CHUNK_BLOCKS) {

@@ -12,11 +12,18 @@ INLINE uint32_t even_codes(uint32_t x) {
     return (x | x >> 8) & 0xffff;
 }
 
-// Codes below `least`, what is no normal bfloat16, as zeros.
+// With codes whose magnitude is below `least` as 0.
 INLINE uint32_t without_small(uint32_t codes, uint32_t least) {
+    uint32_t kept = 0;
     for (int i = 0; i < 32; i += 4)
-        if ((codes >> i & 7) < least) codes &= ~(7u << i);
-    return codes;
+        if ((codes >> i & 7) >= least) kept |= codes & 15u << i;
+    return kept;
+}
+
+// With 0 for 8: one zero is enough.
+INLINE uint32_t without_negative_zero(uint32_t codes) {
+    const uint32_t any = codes | codes >> 1 | codes >> 2; // bit 0 of each code: whether its magnitude is not 0
+    return codes & ~(0x88888888 & ~(any << 3));
 }
 
 INLINE void pack_panel(const struct pack_experts_args *a, size_t panel) {
@@ -31,7 +38,7 @@ INLINE void pack_panel(const struct pack_experts_args *a, size_t panel) {
             for (size_t q = 0; q < 4; q++) {
                 const void *from = a->codes + (first + r) * a->codes_stride + 16 * block + 4 * q;
                 uint32_t codes = there ? *(const word *)from : 0;
-                if (scale < 2) codes = without_small(codes, scale ? 2 : 4);
+                codes = scale < 2 ? without_small(codes, scale ? 2 : 4) : without_negative_zero(codes);
                 lines[q * ROWS + r] = even_codes(codes) | even_codes(codes >> 4) << 16;
             }
         }
