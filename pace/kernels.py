@@ -20,9 +20,12 @@ OPERATIONS = (
     "gated_mlp",
     "layer_norm",
     "linear",
+    "moe",
+    "pack_experts",
     "pack_linear",
     "rms_norm",
     "rope",
+    "route",
     "sample",
     "store_kv",
 )
@@ -47,8 +50,11 @@ embed = _form("embed")
 gated_mlp = _form("gated_mlp")
 layer_norm = _form("layer_norm")
 linear = _form("linear")
+moe = _form("moe")
+pack_experts = _form("pack_experts")
 pack_linear = _form("pack_linear")
 rms_norm = _form("rms_norm")
 rope = _form("rope")
+route = _form("route")
 sample = _form("sample")
 store_kv = _form("store_kv")

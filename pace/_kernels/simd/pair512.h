@@ -51,7 +51,9 @@ EACH_PS(pair_max_ps, _mm256_max_ps(x, y))
 EACH_PS(pair_min_ps, _mm256_min_ps(x, y))
 EACH_PS(pair_xor_ps, _mm256_xor_ps(x, y))
 EACH_EPI(pair_add_epi32, _mm256_add_epi32(x, y))
+EACH_EPI(pair_sub_epi32, _mm256_sub_epi32(x, y))
 EACH_EPI(pair_and_epi32, _mm256_and_si256(x, y))
+EACH_EPI(pair_or_epi32, _mm256_or_si256(x, y))
 EACH_EPI(pair_unpacklo_epi32, _mm256_unpacklo_epi32(x, y))
 EACH_EPI(pair_unpackhi_epi32, _mm256_unpackhi_epi32(x, y))
 EACH_EPI(pair_unpacklo_epi64, _mm256_unpacklo_epi64(x, y))
@@ -68,7 +70,9 @@ EACH_EPI(pair_unpackhi_epi64, _mm256_unpackhi_epi64(x, y))
 #define _mm512_min_ps         pair_min_ps
 #define _mm512_xor_ps         pair_xor_ps
 #define _mm512_add_epi32      pair_add_epi32
+#define _mm512_sub_epi32      pair_sub_epi32
 #define _mm512_and_epi32      pair_and_epi32
+#define _mm512_or_epi32       pair_or_epi32
 
 INLINE pair_ps pair_fmadd_ps(pair_ps a, pair_ps b, pair_ps c) {
     return (pair_ps){
@@ -234,6 +238,10 @@ INLINE pair_epi pair_cvtepu32_epi64(__m256i a) {
     return (pair_epi){
         {_mm256_cvtepu32_epi64(_mm256_castsi256_si128(a)), _mm256_cvtepu32_epi64(_mm256_extracti128_si256(a, 1))}};
 }
+INLINE pair_epi pair_cvtepu8_epi32(__m128i a) {
+    return (pair_epi){{_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8))}};
+}
+#define _mm512_cvtepu8_epi32  pair_cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 pair_cvtepu16_epi32
 #define _mm512_cvtepu32_epi64 pair_cvtepu32_epi64
 INLINE pair_epi pair_castsi256_si512(__m256i a) { return (pair_epi){{a, a}}; }
@@ -303,4 +311,20 @@ INLINE pair_ps scale_from(float least, pair_ps x, pair_ps p, pair_ps n) {
         r.half[i] = _mm256_and_ps(scaled, _mm256_cmp_ps(x.half[i], _mm256_set1_ps(least), _CMP_NLT_UQ));
     }
     return r;
+}
+
+// bfloat16 of E2M1 times 2^(125 - n): codes are bits 4·N … 4·N + 3 of each 16-bit lane, and 8, the negative zero, is none
+// of them; `exponents` is n · 2^7, and leaves all values normal. The table has them at 2^125: a zero that the exponent is
+// taken from stays one, as the subtraction saturates.
+#define bf16_of_e2m1(codes, N, exponents)                                                                              \
+    ((pair_epi){{scaled_e2m1(_mm256_srli_epi16((codes).half[0], 4 * (N)), (exponents).half[0]),                        \
+                 scaled_e2m1(_mm256_srli_epi16((codes).half[1], 4 * (N)), (exponents).half[1])}})
+INLINE __m256i scaled_e2m1(__m256i codes, __m256i exponents) {
+    // The low bytes of eight magnitudes, then their high bytes: the two bytes of a lane look up a half each.
+    const __m256i bytes = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -0x80, 0, 0x40, -0x80, -0x40, 0, 0x40, 0, 0x7d, 0x7e, 0x7e, 0x7e, 0x7e, 0x7f, 0x7f));
+    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi16(7));
+    const __m256i both = _mm256_or_si256(low, _mm256_slli_epi16(_mm256_or_si256(low, _mm256_set1_epi16(8)), 8));
+    const __m256i magnitude = _mm256_subs_epu16(_mm256_shuffle_epi8(bytes, both), exponents);
+    return _mm256_or_si256(magnitude, _mm256_and_si256(_mm256_slli_epi16(codes, 12), _mm256_set1_epi16((short)0x8000)));
 }
