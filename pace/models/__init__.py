@@ -18,6 +18,7 @@ __all__ = ["MODELS", "Checkpoint", "Model", "load_model", "max_positions", "open
 
 # model_type → the class, in the module of that name.
 MODELS = {
+    "gptj": "Gptj",
     "llama": "Llama",
     "phi3": "Phi3",
     "qwen2": "Qwen2",
