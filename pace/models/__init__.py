@@ -20,6 +20,7 @@ __all__ = ["MODELS", "Checkpoint", "Model", "load_model", "max_positions", "open
 MODELS = {
     "gptj": "Gptj",
     "llama": "Llama",
+    "opt": "Opt",
     "phi3": "Phi3",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
