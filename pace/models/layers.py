@@ -210,7 +210,7 @@ class Decoder(Model):
     def forward(
         self, tokens: Ints, placement: Placement, cache: KVCache, seen: tuple[Ints, Array] | None = None
     ) -> Array:
-        residual, delta = self.embed(tokens, placement), None
+        residual, delta = self.embed(tokens, placement), self.embed_positions(placement)
         if seen is not None:
             rows, values = seen
             residual[rows] = values
@@ -218,11 +218,15 @@ class Decoder(Model):
             residual, delta = layer(residual, delta, index, placement, cache)
         if self.norm is not None:
             return norm_of_sum(self.norm, residual, delta)
-        return residual
+        return residual if delta is None else residual + delta
 
     def embed(self, tokens: Ints, placement: Placement) -> Array:
         """What comes into the first layer, (tokens, hidden)."""
         return self.head.embed(tokens)
+
+    def embed_positions(self, placement: Placement) -> Array | None:
+        """What the first norm adds to that, (tokens, hidden), where positions are learned."""
+        return None
 
     def logits(self, hidden: Array) -> Float:
         return self.head.logits(hidden)

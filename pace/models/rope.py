@@ -49,7 +49,12 @@ class Rotary:
         max_positions = config.integer("max_position_embeddings")
         original = config.values.get("original_max_position_embeddings")  # where Phi-3 has it
         settings = {"original_max_position_embeddings": original or max_positions, **_given(settings)}
-        rotary_dim = int(head_dim * _fraction(settings, config))
+        rotary_dim = config.integer("rotary_dim", int(head_dim * _fraction(settings, config)))
+        if rotary_dim > head_dim or rotary_dim % 2:
+            raise ModelError(
+                f"config.json has {rotary_dim} of {head_dim} elements of a head rotated (rotary_dim, or "
+                "partial_rotary_factor of head_dim); it must be an even number of them"
+            )
         for key in KINDS[kind]:
             _check(key, settings.get(key), kind, rotary_dim // 2)
         theta = settings.get("rope_theta") or config.values.get("rope_theta") or 10000.0

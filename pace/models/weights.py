@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pace.errors import ModelError
-from pace.ops import GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, PlainMLP, RMSNorm
+from pace.ops import Embedding, GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, PlainMLP, RMSNorm
 from pace.ops.registry import Dtype
 from pace.reference.arrays import Array, Float, bfloat16, float32
 from pace.reference.pack_linear import PANEL, PackedLinear
@@ -110,6 +110,10 @@ class Weights:
     def layer_norm(self, name: str, size: int, eps: float) -> LayerNorm:
         weight, bias = (self.vector(f"{name}.{which}", size) for which in ("weight", "bias"))
         return LayerNorm(self.operators, self.dtype, weight, bias, eps)
+
+    def embedding(self, name: str, rows: int, columns: int) -> Embedding:
+        """A table of (rows, columns), NAME.weight."""
+        return Embedding(self.operators, self.dtype, self._packed("lm_head", [f"{name}.weight"], [rows], columns))
 
     def lm_head(
         self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool, bias: bool = False

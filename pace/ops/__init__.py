@@ -3,6 +3,7 @@
 from .config import OperatorConfig
 from .operators import (
     Attention,
+    Embedding,
     Frequencies,
     GatedMLP,
     LayerNorm,
@@ -16,6 +17,7 @@ from .operators import (
 
 __all__ = [
     "Attention",
+    "Embedding",
     "Frequencies",
     "GatedMLP",
     "LMHead",

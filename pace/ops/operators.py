@@ -94,6 +94,18 @@ class PlainMLP:
         return self.down(self.up(x, self.activation), residual=residual)
 
 
+class Embedding:
+    """Rows of a table, (rows, hidden)."""
+
+    def __init__(self, config: OperatorConfig, dtype: Dtype, table: PackedLinear) -> None:
+        self._functions = config.resolve("lm_head", dtype)
+        self.table = table
+
+    def __call__(self, rows: Array) -> Array:
+        """(rows, hidden), of their indices (rows,) int32."""
+        return self._functions.embed(rows, self.table)  # type: ignore[no-any-return]
+
+
 class LMHead:
     """The table of tokens, at both ends: embeddings in, logits out. bias: (vocabulary,) float32, or None."""
 

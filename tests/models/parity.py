@@ -1,5 +1,6 @@
 """What every family is held against: transformers on the same random weights, layer by layer."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,9 @@ import numpy as np
 import torch
 
 from pace.cache import CACHES
-from pace.models import load_model, open_checkpoint
+from pace.models import architecture_of, load_model, open_checkpoint
+from pace.models.config import Config
+from pace.models.weights import Survey
 from pace.ops import OperatorConfig
 
 # Sums of a few hundred float32 terms in another order differ by a few 2^-24 of the terms' size; a layer adds one such
@@ -63,6 +66,7 @@ class Family:
     model: type
     base: dict = field(default_factory=dict)
     layers: Callable = lambda peer: peer.model.layers
+    depth: str = "num_hidden_layers"
     rotary: Callable = lambda peer: peer.model  # what holds `rotary_emb`, where it is computed once
 
     def make(self, changes=(), dtype=torch.float32):
@@ -81,7 +85,7 @@ class Family:
         """With its table of frequencies in float32 again, as from_pretrained keeps it in every dtype."""
         holder = self.rotary(peer)
         if hasattr(holder, "rotary_emb"):
-            holder.rotary_emb = type(holder.rotary_emb)(holder.rotary_emb.config)
+            holder.rotary_emb = type(holder.rotary_emb)(getattr(holder.rotary_emb, "config", peer.config))
         return peer
 
 
@@ -181,15 +185,18 @@ def peer_greedy(peer, tokens, count):
 NO_END = {"eos_token_id": None, "pad_token_id": 0}
 
 
-def greedy(model, tokens, count, cache="SLAB_POOL"):
+def greedy(model, tokens, count, cache="SLAB_POOL", anew=False):
+    """anew: all of a text is computed again once it is longer than the model was trained on."""
     cache = new_cache(model, cache)
-    sequence, made, new = cache.allocate(), [], list(tokens)
+    sequence, text, new = cache.allocate(), list(tokens), list(tokens)
     for _ in range(count):
-        placement = placed(cache.append([sequence], [len(new)]), len(tokens))
+        if anew and len(text) - 1 == model.stretched_beyond:
+            sequence, new = cache.allocate(), text
+        placement = placed(cache.append([sequence], [len(new)]), len(text))
         hidden = model.forward(np.array(new, np.int32), placement, cache)
         new = [int(model.logits(hidden[-1:]).argmax())]
-        made += new
-    return made
+        text += new
+    return text[len(tokens) :]
 
 
 def drawn(count, vocabulary=VOCABULARY, seed=0):
@@ -216,7 +223,38 @@ def assert_same_layers(family, model, peer, tokens):
         assert_near(mine, expected, what=f"what comes into layer {layer}")
 
 
-def check_float32(family, changes, path, prompt=150, pieces=(7, 70, 71, 72, 140), first=20, count=64, **saved):
+class Described:
+    """A checkpoint of which nothing but names and shapes is there: those of transformers' model of a config.json."""
+
+    path = "described"
+
+    def __init__(self, family, config):
+        self.config = {"model_type": family.config.model_type, **config}
+        with torch.device("meta"):
+            peer = family.model(family.config(**copy.deepcopy(config)))  # which changes it
+        tied = "lm_head.weight" if peer.config.tie_word_embeddings else None
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in peer.state_dict().items() if name != tied}
+
+    def names(self):
+        return list(self.shapes)
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def dtype(self, name):
+        return np.dtype(np.float16)
+
+
+def described(family, config, layers=2):
+    """The model of a real config.json, but for its depth: surveyed, so that its weights take no memory."""
+    checkpoint = Described(family, {**config, family.depth: layers})
+    with Survey(checkpoint, np.dtype(np.float32), OperatorConfig()) as survey:
+        return architecture_of(checkpoint)(Config(checkpoint.config), survey)
+
+
+def check_float32(
+    family, changes, path, prompt=150, pieces=(7, 70, 71, 72, 140), first=20, count=64, anew=False, **saved
+):
     """What comes into every layer, the logits, a greedy text; and the prompt in pieces gives the same bits."""
     peer = family.make(changes)
     save(path, peer, **saved)
@@ -226,7 +264,7 @@ def check_float32(family, changes, path, prompt=150, pieces=(7, 70, 71, 72, 140)
     hidden = run(model, tokens)
     assert_near(model.logits(hidden), peer_logits(peer, tokens))
     assert np.array_equal(run(model, tokens, list(pieces)), hidden)
-    assert greedy(model, tokens[:first], count) == peer_greedy(peer, tokens[:first], count)
+    assert greedy(model, tokens[:first], count, anew=anew) == peer_greedy(peer, tokens[:first], count)
 
 
 def check_bfloat16(family, changes, path, record_property, prompt=250):
