@@ -17,7 +17,7 @@ from .weights import Survey, Weights
 __all__ = ["MODELS", "Checkpoint", "Model", "load_model", "max_positions", "open_checkpoint"]
 
 # model_type → the class, in the module of that name.
-MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MODELS = {"gemma3_text": "Gemma3Text", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 DTYPES: dict[str, Dtype] = {"bfloat16": bfloat16, "float32": float32}
 

@@ -112,16 +112,23 @@ class Weights:
         return LayerNorm(self.operators, self.dtype, weight, bias, eps)
 
     def lm_head(
-        self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool, bias: bool = False
+        self,
+        embedding: str,
+        head: str,
+        vocabulary: int,
+        hidden: int,
+        tied: bool,
+        bias: bool = False,
+        scale: float = 1.0,
+        softcap: float | None = None,
     ) -> LMHead:
         """Two tables of (vocabulary, hidden), NAME.weight; one for both where they are tied. bias: of the head."""
         table = self._packed("lm_head", [f"{embedding}.weight"], [vocabulary], hidden)
         if tied:
             self.ignore(f"{head}.weight")
         packed = table if tied else self._packed("lm_head", [f"{head}.weight"], [vocabulary], hidden)
-        return LMHead(
-            self.operators, self.dtype, table, packed, self.vector(f"{head}.bias", vocabulary) if bias else None
-        )
+        head_bias = self.vector(f"{head}.bias", vocabulary) if bias else None
+        return LMHead(self.operators, self.dtype, table, packed, head_bias, scale, softcap)
 
     def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
         for name, count in zip(names, rows, strict=True):  # before memory is taken for what may be absurd
