@@ -222,7 +222,7 @@ class Survey(Weights):
 
     def vector(self, name: str, size: int) -> Float:
         self._take(name, (size,))
-        return np.empty(size, np.float32)
+        return np.zeros(size, np.float32)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._problems and (problem := self._problem(name, shape)) is not None:
