@@ -46,7 +46,15 @@ def rung(request):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The path of the one real model of the tests, fetched where it is not there yet. Fails where it cannot be had."""
+    """The path of a real model, fetched where it is not there yet. Fails where it cannot be had."""
     from pace.models.hub import pull
 
     return pull("smollm2", progress=False)
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m():
+    """The path of another."""
+    from pace.models.hub import pull
+
+    return pull("gemma3-270m", progress=False)

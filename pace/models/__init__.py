@@ -11,13 +11,16 @@ from pace.reference.arrays import bfloat16, float32
 from .base import Model
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import Config
+from .images import ImageProcessor
 from .rope import longest_text
 from .weights import Survey, Weights
 
-__all__ = ["MODELS", "Checkpoint", "Model", "load_model", "max_positions", "open_checkpoint"]
+__all__ = ["MODELS", "Checkpoint", "Model", "images_of", "load_model", "max_positions", "open_checkpoint"]
 
 # model_type → the class, in the module of that name.
 MODELS = {
+    "gemma3": "Gemma3",
+    "gemma3_text": "Gemma3Text",
     "gptj": "Gptj",
     "llama": "Llama",
     "opt": "Opt",
@@ -44,6 +47,11 @@ def load_model(
 def max_positions(checkpoint: Checkpoint) -> int:
     """Of the longest text, known without the weights."""
     return longest_text(architecture_of(checkpoint).usual(Config(checkpoint.config)))
+
+
+def images_of(checkpoint: Checkpoint) -> ImageProcessor | None:
+    """What the model wants of images, known without the weights; None where it takes none."""
+    return architecture_of(checkpoint).processor(Config(checkpoint.config))
 
 
 def architecture_of(checkpoint: Checkpoint) -> type[Model]:

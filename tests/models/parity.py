@@ -71,8 +71,10 @@ class Family:
 
     def make(self, changes=(), dtype=torch.float32):
         """A random model, its biases and norms too, whose weights are exact in bfloat16."""
+        return self.random(self.config(**(BASE | self.base | dict(changes))), dtype)
+
+    def random(self, config, dtype=torch.float32):
         torch.manual_seed(0)
-        config = self.config(**(BASE | self.base | dict(changes)))
         config._attn_implementation = "eager"
         peer = self.model(config).eval()
         with torch.no_grad():

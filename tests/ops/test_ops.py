@@ -11,7 +11,7 @@ from pace import isa, kernels
 from pace.ops import Frequencies, GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, Sampling, registry
 from pace.reference.pack_linear import pack_linear
 from pace.reference.sample import SAMPLING_DTYPE
-from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, draw, rng
+from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, assert_close, draw, rng
 
 NAMES = [field.name for field in fields(OperatorConfig)]
 needs_native = pytest.mark.skipif(isa.RUNG == "reference", reason="the native kernels: this is the reference rung")
@@ -226,6 +226,18 @@ def lm_head(config, kind):
     return embedded, logits
 
 
+def scaled_lm_head(config, kind):
+    table = pack(kind, INNER, HIDDEN)
+    head = LMHead(config, kind, table, table, scale=5.123, softcap=2.5)
+    embedded, logits = head.embed(np.array([0, 76], np.int32)), head.logits(rows(kind))
+    plain = LMHead(config, kind, table, table)
+    # The scale in the model's dtype, as those who trained the model had it.
+    scale = np.float32(kind.type(5.123))
+    assert np.array_equal(embedded, (plain.embed(np.array([0, 76], np.int32)).astype(np.float32) * scale).astype(kind))
+    assert_close(logits, np.float32(2.5) * np.tanh(plain.logits(rows(kind)) / np.float32(2.5)), rtol=1e-6)
+    return embedded, logits
+
+
 def sampling(config, kind):
     params = np.zeros(ROWS, SAMPLING_DTYPE)
     for name in ("temperature", "top_p", "typical_p", "repetition_penalty"):
@@ -242,6 +254,7 @@ OPERATORS = {
     "linear": linear,
     "mlp": mlp,
     "lm_head": lm_head,
+    "lm_head with scale and softcap": scaled_lm_head,
     "sampling": sampling,
 }
 

@@ -8,6 +8,7 @@ struct embed_args {
     size_t hidden;
     void *out;
     size_t out_stride; // bytes from one row to the next
+    float scale;
     int kind;
 };
 

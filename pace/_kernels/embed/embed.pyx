@@ -14,6 +14,7 @@ cdef extern from "embed/embed.h":
         size_t hidden
         void *out
         size_t out_stride
+        float scale
         int kind
     void embed_avx2(const void *args, size_t begin, size_t end, void *scratch) noexcept nogil
     void embed_avx512(const void *args, size_t begin, size_t end, void *scratch) noexcept nogil
@@ -22,7 +23,7 @@ cdef pace_worker[2] WORKERS = [embed_avx2, embed_avx512]
 cdef size_t TOKENS_PER_PIECE = 8
 
 
-def embed(cnp.ndarray tokens not None, table, out=None):
+def embed(cnp.ndarray tokens not None, table, float scale=1.0, out=None):
     cdef embed_args args
     cdef Py_ssize_t count = len(tokens), i, vocabulary = table.out_features
     cdef cnp.ndarray panels = table.panels
@@ -36,6 +37,7 @@ def embed(cnp.ndarray tokens not None, table, out=None):
     args.kind = kind_of(panels, "table")
     args.panels = <const uint32_t *>cnp.PyArray_DATA(panels)
     args.hidden = table.in_features
+    args.scale = scale
     cdef cnp.ndarray result = output_rows(out, count, args.hidden, args.kind)
     args.out = cnp.PyArray_DATA(result)
     args.out_stride = cnp.PyArray_STRIDE(result, 0)
