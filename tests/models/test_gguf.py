@@ -1,4 +1,5 @@
 import contextlib
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -90,13 +91,13 @@ def test_rope_of_llama3(tmp_path):
 def test_rope_of_other_factors(tmp_path):
     factors = [1, 1.5, 2, 2.5, 3, 4, 5, 6]
     path = write_gguf(tmp_path / "tiny.gguf", llama(), rope_factors=factors)
-    assert_refused(path, "rope_freqs that are not Llama 3's: those and linear scaling are supported")
+    assert_refused(path, "rope_freqs that are not Llama 3's: only those are supported")
 
 
 def test_rope_scaled_otherwise(tmp_path):
-    scaling = [("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0)]
-    path = write_gguf(tmp_path / "tiny.gguf", llama(), metadata=scaling)
-    assert_refused(path, "scales RoPE by 'yarn': linear and Llama 3's rope_freqs are supported")
+    kind = SimpleNamespace(value="ntk")
+    path = write_gguf(tmp_path / "tiny.gguf", llama(), metadata=[("add_rope_scaling_type", kind)])
+    assert_refused(path, "scales RoPE by 'ntk': none, linear, yarn, longrope are supported")
 
 
 def test_rope_scaled_linearly(tmp_path):
