@@ -496,6 +496,8 @@ def _rope_parameters(file: GGUFFile, prefix: str, head_dim: int) -> dict[str, An
     metadata = file.metadata
     found = {"rope_theta": metadata.get(prefix + "freq_base", 10000.0)}
     rotated = metadata.get(prefix + "dimension_count", head_dim)
+    if not isinstance(rotated, int) or not 0 < rotated <= head_dim:
+        raise ModelError(f"{file.path} rotates {rotated!r} of {head_dim} elements of a head: download it again")
     if rotated != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
     if "rope_freqs.weight" in file.tensors:
