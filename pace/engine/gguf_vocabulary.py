@@ -1,35 +1,75 @@
 """The tokenizer inside a GGUF file, rebuilt from its vocabulary, merges or scores, and kind."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pace.errors import ModelError
-from pace.models.gguf import GGUFFile
+from pace.models.gguf import CONTROL, GGUFFile
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_USER_DEFINED = 4  # in tokenizer.ggml.token_type
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_LLAMA3 = _WORDS % "{1,3}"
+_QWEN2 = _WORDS % ""
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT_4O = "|".join(
+    (
+        r"[^\r\n\p{L}\p{N}]?" + f"{_UPPER}*{_LOWER}+{_CONTRACTIONS}?",
+        r"[^\r\n\p{L}\p{N}]?" + f"{_UPPER}+{_LOWER}*{_CONTRACTIONS}?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        _SPACES,
+    )
+)
+# llama.cpp's own, for files that say nothing better.
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
 )
 
 
-def _split(pattern: str) -> list[Any]:
-    return [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+def _split(*patterns: str) -> list[Any]:
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return [*splits, pre_tokenizers.ByteLevel(False, use_regex=False)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How text becomes the words that are merged."""
+
+    steps: list[Any]
+    whole_words_first: bool = False  # a word that is a token needs no merges
+    begin: bool = False  # a text begins with BOS unless the file says otherwise
+    normalizer: Any = None
 
 
 _GPT2: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-_DIGITS = [pre_tokenizers.Digits(individual_digits=True), *_GPT2]
+_LLAMA3_CUT = Cut(_split(_LLAMA3), whole_words_first=True, begin=True)
+_QWEN2_CUT = Cut(_split(_QWEN2), normalizer=normalizers.NFC())
 
-# tokenizer.ggml.pre: how text is cut before the merges.
+# By tokenizer.ggml.pre.
 PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "llama-bpe": _split(_LLAMA3),
+    "gpt-2": Cut(_GPT2),
+    "smollm": Cut([pre_tokenizers.Digits(individual_digits=True), *_GPT2]),
+    "llama-bpe": _LLAMA3_CUT,
+    "llama3": _LLAMA3_CUT,
+    "llama-v3": _LLAMA3_CUT,
+    "qwen2": _QWEN2_CUT,
+    "deepseek-r1-qwen": _QWEN2_CUT,
+    "gpt-4o": Cut(_split(_GPT_4O), whole_words_first=True),
+    "dbrx": Cut(_split(_LLAMA3)),
+    "default": Cut(_split(*_DEFAULT)),
 }
-_WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word that is a token needs no merges
+
+
+_NEVER_SWALLOW = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build(file: GGUFFile) -> Tokenizer:
@@ -39,23 +79,32 @@ def build(file: GGUFFile) -> Tokenizer:
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"{file.path} has a tokenizer of kind {kind!r}: 'gpt2' and 'llama' can be read")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    tokenizer = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
-    _add_special(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type", ()))
-    by_default = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    tokenizer.post_processor = _begin_and_end(metadata, tokens, begin_by_default=by_default)
+    if kind == "gpt2":
+        cut = _cut(file)
+        tokenizer, begins = _byte_level(metadata, tokens, cut), cut.begin
+    else:
+        tokenizer, begins = _sentencepiece(metadata, tokens), True
+    _add_special(tokenizer, tokens, metadata)
+    tokenizer.post_processor = _begin_and_end(metadata, tokens, begin_by_default=begins)
     return tokenizer
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    """BPE over bytes, each byte written as a printable character (GPT-2)."""
-    pre = file.metadata.get("tokenizer.ggml.pre")
+def _cut(file: GGUFFile) -> Cut:
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ModelError(f"{file.path} splits text by {pre!r}, which is unknown: {known} are known; convert it anew")
+    return PRE_TOKENIZERS[pre]
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str], cut: Cut) -> Tokenizer:
+    """BPE over bytes, each byte written as a printable character (GPT-2)."""
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut.whole_words_first))
+    if cut.normalizer is not None:
+        tokenizer.normalizer = cut.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut.steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -85,11 +134,20 @@ def merges_of_scores(tokens: list[str], vocab: dict[str, int], scores: list[floa
     return merges
 
 
-def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+def _add_special(tokenizer: Tokenizer, tokens: list[str], metadata: dict[str, Any]) -> None:
     """Tokens that are found in the text before anything else."""
-    kinds = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
+    types = metadata.get("tokenizer.ggml.token_type", ())
+    kinds = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, _USER_DEFINED)]
+    # Phi-3's own tokens swallow the spaces behind them, which no file says; llama.cpp knows it too.
+    swallows = metadata["tokenizer.ggml.model"] == "llama" and metadata.get("general.architecture") == "phi3"
     tokenizer.add_tokens(
-        [AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in kinds if token]
+        [
+            AddedToken(
+                token, special=kind == CONTROL, normalized=False, rstrip=swallows and token not in _NEVER_SWALLOW
+            )
+            for token, kind in kinds
+            if token
+        ]
     )
 
 

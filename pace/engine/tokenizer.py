@@ -73,12 +73,14 @@ class Tokenizer:
             raise ModelError(f"{path} does not say {missing}: it has no whole tokenizer, download another") from None
         roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
-        template = metadata.get("tokenizer.chat_template")
+        prefix = "tokenizer.chat_template"
+        named = {key[len(prefix) + 1 :]: text for key, text in metadata.items() if key.startswith(prefix + ".")}
+        default = {"default": metadata[prefix]} if metadata.get(prefix) else {}
         return cls(
             backend,
             special_tokens={role: str(backend.id_to_token(i)) for role, i in ids.items() if i is not None},
             eos_token_ids=end_token_ids(metadata),
-            chat_templates={"default": template} if template else {},
+            chat_templates=named | default,
         )
 
     @classmethod

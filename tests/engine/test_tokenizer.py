@@ -11,6 +11,8 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
 from pace import SamplingParams
 from pace.engine.request import Request
@@ -153,8 +155,8 @@ TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *
 TYPES = [2, 3, 3, *[6] * 256, *[1] * len(PIECES)]
 
 
-def sentencepiece(path, space_first=True):
-    writer = gguf.GGUFWriter(path, "llama")
+def sentencepiece(path, space_first=True, architecture="llama"):
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(TOKENS)
     writer.add_token_scores([0.0] * 259 + SCORES)
@@ -311,3 +313,123 @@ def test_unknown_split_in_gguf(tmp_path):
     writer.close()
     with pytest.raises(ModelError, match="splits text by 'odd', which is unknown: gpt-2, smollm"):
         Tokenizer.load(tmp_path / "odd.gguf")
+
+
+# Patterns as they stand in the tokenizer.json of models, in full; what a file of this `pre` does beside them.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PUBLISHED = {
+    "llama-bpe": (WORDS % "{1,3}", None),
+    "dbrx": (WORDS % "{1,3}", None),
+    "qwen2": (WORDS % "", normalizers.NFC()),
+    "deepseek-r1-qwen": (WORDS % "", normalizers.NFC()),
+    "gpt-4o": (O200K, None),
+}
+CONTROLS = ["<|endoftext|>", "<|im_end|>", "<|end|>"]
+NASTY = [
+    *TEXTS,
+    "1234567 ١٢٣ ½ 3.14159 x2y33",
+    "e\u0301 A\u030a \u2126",
+    "O'CLOCK's they'LL  's",
+    "XMLHttpRequest camelCase ALLCAPS ǅabc http://a/b//\n/x",
+    "a\n \n\n  b\r\n\r\n\u3000\xa0c",
+    "<|im_end|>\n<|endoftext|><think> <|end|>",
+]
+
+
+def byte_level(path, peer, pre, controls=CONTROLS, **metadata):
+    """A GGUF file of a trained tokenizer, with control tokens at its end and one that is plain text."""
+    state = json.loads(peer.to_str())
+    tokens = [token for token, _ in sorted(state["model"]["vocab"].items(), key=lambda item: item[1])]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*tokens, *controls, "<think>"])
+    writer.add_token_types([1] * len(tokens) + [3] * len(controls) + [4])
+    writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    writer.add_eos_token_id(len(tokens))
+    for key, value in metadata.items():
+        getattr(writer, key)(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def trained(pattern, normalizer=None):
+    peer = Backend(models.BPE())
+    if normalizer is not None:
+        peer.normalizer = normalizer
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    peer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    peer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=sorted(alphabet), show_progress=False)
+    peer.train_from_iterator(NASTY[-20:], trainer)
+    return peer
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+def test_cut_as_published(tmp_path, pre):
+    pattern, normalizer = PUBLISHED[pre]
+    peer = trained(pattern, normalizer)
+    ours = Tokenizer.load(byte_level(tmp_path / "vocab.gguf", peer, pre))
+    peer.add_special_tokens(CONTROLS)
+    peer.add_tokens(["<think>"])
+    for text in NASTY:
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == peer.encode(text).ids
+        assert ours.decode(ids, skip_special_tokens=False) == peer.decode(ids, skip_special_tokens=False)
+    assert {ours.piece(i).decode() for i in ours.special_ids} == set(CONTROLS)
+
+
+@pytest.mark.parametrize("pre", ["default", None])
+def test_cut_where_the_file_says_nothing_better(tmp_path, pre):
+    """Punctuation, then words, then numbers apart, and those in threes from the left, as llama.cpp does."""
+    ours = Tokenizer.load(byte_level(tmp_path / "vocab.gguf", trained(WORDS % ""), pre))
+    words = [word for word, _ in ours._backend.pre_tokenizer.pre_tokenize_str("Hi, it's 12345!a  b")]
+    assert words == ["Hi", ",", "Ġit", "'", "s", "Ġ", "123", "45", "!", "a", "Ġ", "Ġb"]
+
+
+def test_ends_of_turns(tmp_path):
+    """Files name one end; of GPT-OSS, where a turn goes on after <|end|>, too."""
+    peer = trained(WORDS % "")
+    ours = Tokenizer.load(byte_level(tmp_path / "vocab.gguf", peer, "qwen2"))
+    assert {ours.piece(i) for i in ours.eos_token_ids} == {b"<|endoftext|>", b"<|im_end|>", b"<|end|>"}
+    ours = Tokenizer.load(byte_level(tmp_path / "oss.gguf", peer, "gpt-4o", ["<|endoftext|>", "<|return|>", "<|end|>"]))
+    assert {ours.piece(i) for i in ours.eos_token_ids} == {b"<|endoftext|>", b"<|return|>"}
+
+
+def test_begin_and_templates_of_gguf(tmp_path):
+    templates = [{"name": "tool_use", "template": "{{ tools | length }}"}, {"name": "default", "template": "plain"}]
+    path = byte_level(
+        tmp_path / "vocab.gguf",
+        trained(WORDS % ""),
+        "deepseek-r1-qwen",
+        add_bos_token_id=7,
+        add_add_bos_token=True,
+        add_chat_template=templates,
+    )
+    ours = Tokenizer.load(path)
+    assert ours.encode("a")[0] == 7
+    assert ours.chat_text(CHAT) == "plain"
+    assert ours.chat_text(CHAT, tools=[{"name": "f"}]) == "1"
+
+
+def test_spaces_after_phi3s_tokens(tmp_path):
+    """They are swallowed, but for those after <s> and the like."""
+    ids = {
+        name: sentencepiece(tmp_path / f"{name}.gguf", architecture=name).encode("</s>  ab<s> ab")
+        for name in ("llama", "phi3")
+    }
+    a, ab, s, end = (TOKENS.index(token) for token in ("▁", "▁ab", "<s>", "</s>"))
+    assert ids["phi3"] == [s, end, ab, s, a, ab]
+    assert ids["llama"] == [s, end, TOKENS.index("▁▁"), ab, s, a, ab]

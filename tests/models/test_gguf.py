@@ -1,4 +1,5 @@
 import contextlib
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -11,7 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pace.errors import ModelError
 from pace.models.checkpoint import open_checkpoint
+from pace.models.config import Config
 from pace.models.gguf import GGUFFile
+from pace.models.rope import Rotary
 
 from .tiny import LLAMA, arrays, llama, write_gguf
 
@@ -90,13 +93,18 @@ def test_rope_of_llama3(tmp_path):
 def test_rope_of_other_factors(tmp_path):
     factors = [1, 1.5, 2, 2.5, 3, 4, 5, 6]
     path = write_gguf(tmp_path / "tiny.gguf", llama(), rope_factors=factors)
-    assert_refused(path, "rope_freqs that are not Llama 3's: those and linear scaling are supported")
+    assert_refused(path, "rope_freqs that are not Llama 3's: only those are supported")
 
 
 def test_rope_scaled_otherwise(tmp_path):
-    scaling = [("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0)]
-    path = write_gguf(tmp_path / "tiny.gguf", llama(), metadata=scaling)
-    assert_refused(path, "scales RoPE by 'yarn': linear and Llama 3's rope_freqs are supported")
+    kind = SimpleNamespace(value="ntk")
+    path = write_gguf(tmp_path / "tiny.gguf", llama(), metadata=[("add_rope_scaling_type", kind)])
+    assert_refused(path, "scales RoPE by 'ntk': none, linear, yarn, longrope are supported")
+
+
+def test_rope_of_more_than_a_head(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", llama(), metadata=[("add_rope_dimension_count", 18)])
+    assert_refused(path, "rotates 18 of 16 elements of a head: download it again")
 
 
 def test_rope_scaled_linearly(tmp_path):
@@ -130,6 +138,19 @@ def test_not_gguf(tmp_path):
 def test_other_architecture(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", llama(), architecture="mamba")
     assert_refused(path, "is of architecture 'mamba': GGUF files of llama")
+
+
+def test_yarn_of_a_logarithm(tmp_path):
+    """llama.cpp: get_mscale(factor, 1) / get_mscale(factor, yarn_log_multiplier)."""
+    scaling = [
+        ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
+        ("add_rope_scaling_factor", 4.0),
+        ("add_rope_scaling_orig_ctx_len", 128),
+        ("add_rope_scaling_yarn_log_mul", 0.5),
+    ]
+    config = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", llama(), metadata=scaling)).config
+    expected = (0.1 * np.log(4) + 1) / (0.1 * 0.5 * np.log(4) + 1)
+    assert Rotary.of(Config(config), config["head_dim"]).frequencies().scale == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
