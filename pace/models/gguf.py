@@ -199,6 +199,7 @@ _LLAMA_CONFIG = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+_HEAD_NORMS = {"attn_q_norm": _LAYER + "self_attn.q_norm", "attn_k_norm": _LAYER + "self_attn.k_norm"}
 _WINDOW = {"sliding_window": "attention.sliding_window"}
 _SILU = {"hidden_act": "silu"}
 
@@ -227,8 +228,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(
         model_type="qwen3",
         class_name="Qwen3ForCausalLM",
-        tensors=_LLAMA_TENSORS
-        | {"attn_q_norm": _LAYER + "self_attn.q_norm", "attn_k_norm": _LAYER + "self_attn.k_norm"},
+        tensors=_LLAMA_TENSORS | _HEAD_NORMS,
         config=_LLAMA_CONFIG,
         constants=_SILU,
     ),
@@ -267,35 +267,14 @@ ARCHITECTURES = {
     "gemma3": Architecture(
         model_type="gemma3_text",
         class_name="Gemma3ForCausalLM",
-        tensors={
-            "token_embd": "model.embed_tokens",
-            "output_norm": "model.norm",
-            "output": "lm_head",
-            "attn_norm": _LAYER + "input_layernorm",
-            "attn_q": _LAYER + "self_attn.q_proj",
-            "attn_k": _LAYER + "self_attn.k_proj",
-            "attn_v": _LAYER + "self_attn.v_proj",
-            "attn_q_norm": _LAYER + "self_attn.q_norm",
-            "attn_k_norm": _LAYER + "self_attn.k_norm",
-            "attn_output": _LAYER + "self_attn.o_proj",
+        tensors=_LLAMA_TENSORS
+        | _HEAD_NORMS
+        | {
             "post_attention_norm": _LAYER + "post_attention_layernorm",
             "ffn_norm": _LAYER + "pre_feedforward_layernorm",
-            "ffn_gate": _LAYER + "mlp.gate_proj",
-            "ffn_up": _LAYER + "mlp.up_proj",
-            "ffn_down": _LAYER + "mlp.down_proj",
             "post_ffw_norm": _LAYER + "post_feedforward_layernorm",
         },
-        config={
-            "hidden_size": "embedding_length",
-            "intermediate_size": "feed_forward_length",
-            "num_hidden_layers": "block_count",
-            "num_attention_heads": "attention.head_count",
-            "num_key_value_heads": "attention.head_count_kv",
-            "head_dim": "attention.key_length",
-            "max_position_embeddings": "context_length",
-            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-            "sliding_window": "attention.sliding_window",
-        },
+        config=_LLAMA_CONFIG | _WINDOW,
         constants={"hidden_activation": "gelu_pytorch_tanh"},
         norm_offset=1.0,
         more=_gemma3,
@@ -554,6 +533,8 @@ def _rope_parameters(file: GGUFFile, prefix: str, head_dim: int) -> dict[str, An
     metadata = file.metadata
     found = {"rope_theta": metadata.get(prefix + "freq_base", 10000.0)}
     rotated = metadata.get(prefix + "dimension_count", head_dim)
+    if not isinstance(rotated, int) or not 0 < rotated <= head_dim:
+        raise ModelError(f"{file.path} rotates {rotated!r} of {head_dim} elements of a head: download it again")
     if rotated != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
     if "rope_freqs.weight" in file.tensors:

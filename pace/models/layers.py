@@ -201,7 +201,10 @@ class Decoder(Model):
         tied = parts.config.flag("tie_word_embeddings", False)
         width = parts.config.integer("word_embed_proj_dim", parts.hidden)
         self.head = weights.lm_head(embedding, head, self.vocabulary, width, tied, head_bias, embedding_scale, softcap)
-        self.cache_shape = CacheShape(parts.num_layers, parts.kv_heads, parts.head_dim, self.dtype, self.max_positions)
+        windows = tuple(layer.attention.window for layer in layers)
+        self.cache_shape = CacheShape(
+            parts.num_layers, parts.kv_heads, parts.head_dim, self.dtype, self.max_positions, windows
+        )
         self.weight_bytes = weights.nbytes
         self.bytes_per_step = weights.nbytes - (0 if tied else self.head.embedding.nbytes)
 
