@@ -21,6 +21,7 @@ __all__ = ["MODELS", "Checkpoint", "Model", "images_of", "load_model", "max_posi
 MODELS = {
     "gemma3": "Gemma3",
     "gemma3_text": "Gemma3Text",
+    "gpt_oss": "GptOss",
     "gptj": "Gptj",
     "llama": "Llama",
     "opt": "Opt",

@@ -206,7 +206,7 @@ class Decoder(Model):
             parts.num_layers, parts.kv_heads, parts.head_dim, self.dtype, self.max_positions, windows
         )
         self.weight_bytes = weights.nbytes
-        self.bytes_per_step = weights.nbytes - (0 if tied else self.head.embedding.nbytes)
+        self.bytes_per_step = weights.nbytes - weights.idle_bytes - (0 if tied else self.head.embedding.nbytes)
 
         rotary = [layer.attention.rope.frequencies for layer in layers if layer.attention.rope is not None]
         stretched = [frequencies for frequencies in rotary if frequencies.trained is not None]

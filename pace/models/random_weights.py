@@ -22,7 +22,7 @@ from pace.reference.arrays import Array, bfloat16
 from . import architecture_of, choose_dtype
 from .checkpoint import Checkpoint, DType, read_json
 from .config import Config
-from .weights import Survey
+from .weights import STORED, Survey
 
 BLOCK = 2_097_143  # numbers: few enough for a core's caches; a prime, so that no two rows begin at the same place
 LAYERS = ("num_hidden_layers", "n_layer")  # what config.json calls their number
@@ -116,7 +116,7 @@ class Wishes(Survey):
         super().__init__(checkpoint, dtype, operators)
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: Sequence[Dtype] = STORED) -> None:
         self.shapes[name] = shape
 
 

@@ -7,19 +7,23 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from pace.errors import ModelError
-from pace.ops import Embedding, GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, PlainMLP, RMSNorm
+from pace.ops import Embedding, GatedMLP, LayerNorm, Linear, LMHead, MoE, OperatorConfig, PlainMLP, RMSNorm
 from pace.ops.registry import Dtype
 from pace.reference.arrays import Array, Float, bfloat16, float32
+from pace.reference.pack_experts import BLOCK as MXFP4_BLOCK
+from pace.reference.pack_experts import MXFP4, PackedExperts
 from pace.reference.pack_linear import PANEL, PackedLinear
 
 from .checkpoint import Checkpoint
 
 SLAB_BYTES = 32 << 20
 NAMED = 3  # of the tensors that are wrong
+MXFP4_STORED = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
 PACKED = (bfloat16, float32)  # what pack_linear takes
 STORED = (*PACKED, np.dtype(np.float16), np.dtype(np.float64))
 # What some checkpoints hold and no model reads: tables that are computed from the configuration.
@@ -32,6 +36,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, dtype: Dtype, operators: OperatorConfig, progress: bool = False) -> None:
         self.checkpoint, self.dtype, self.operators = checkpoint, dtype, operators
         self.nbytes = 0  # of everything packed
+        self.idle_bytes = 0  # of these, what a step of one token does not read: experts that are not chosen
         self._left = {name for name in checkpoint.names() if not name.endswith(COMPUTED)}
         total = sum(np.prod(checkpoint.shape(name), dtype=np.int64) for name in self._left) * dtype.itemsize
         self._bar = tqdm(
@@ -49,6 +54,10 @@ class Weights:
     def ignore(self, name: str) -> None:
         """Leave a tensor out on purpose."""
         self._left.discard(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of that name, which was not taken yet."""
+        return name in self._left
 
     def vector(self, name: str, size: int) -> Float:
         """A norm's weight or a bias, (size,); float32 whatever the model's dtype."""
@@ -118,6 +127,80 @@ class Weights:
             self.linear("mlp", [down], [hidden], inner, bias),
             activation,
         )
+
+    def moe(
+        self, name: str, hidden: int, inner: int, experts: int, chosen: int, alpha: float, limit: float, mxfp4: bool
+    ) -> MoE:
+        """NAME.router and NAME.experts, `chosen` for each token. mxfp4: whether they are stored so, and stay so."""
+        router = self._packed("moe", [f"{name}.router.weight"], [experts], hidden)
+        router_bias = self.vector(f"{name}.router.bias", experts)
+        gate_up, down = f"{name}.experts.gate_up_proj", f"{name}.experts.down_proj"
+        biases = self.array(f"{gate_up}_bias", (experts, 2 * inner))  # gate and up take turns
+        made = MoE(
+            self.operators,
+            self.dtype,
+            router,
+            router_bias,
+            self._experts(gate_up, experts, inner, hidden, mxfp4, gated=True),
+            self._experts(down, experts, hidden, inner, mxfp4, gated=False),
+            np.concatenate((biases[:, 0::2], biases[:, 1::2]), axis=1),
+            self.array(f"{down}_bias", (experts, hidden)),
+            chosen,
+            alpha,
+            limit,
+        )
+        self.idle_bytes += (made.gate_up.nbytes + made.down.nbytes) * (experts - chosen) // experts
+        return made
+
+    def _experts(self, name: str, count: int, rows: int, columns: int, mxfp4: bool, gated: bool) -> PackedExperts:
+        """Weights (rows, columns), or two of them whose rows take turns; one expert at a time.
+
+        Stored as (experts, columns, rows), or as MXFP4 in blocks along the columns, and their scales.
+        """
+        if mxfp4 and columns % MXFP4_BLOCK:
+            raise ModelError(f"{name} in {self.checkpoint.path} has {columns} columns; MXFP4 needs multiples of 32")
+        stored_rows, blocks = rows * (1 + gated), columns // MXFP4_BLOCK
+        shapes: dict[str, tuple[int, ...]] = {name: (count, columns, stored_rows)}
+        if mxfp4:
+            shapes = {
+                f"{name}_blocks": (count, stored_rows, blocks, MXFP4_BLOCK // 2),
+                f"{name}_scales": (count, stored_rows, blocks),
+            }
+        for each, shape in shapes.items():
+            self._check(each, shape, MXFP4_STORED if mxfp4 else STORED)
+        packed = PackedExperts.empty(count, rows, columns, MXFP4 if mxfp4 else self.dtype, gated)
+        for expert in range(count):
+            self._pack_expert(list(shapes), packed, expert)
+        for each, shape in shapes.items():
+            self._take(each, shape, MXFP4_STORED if mxfp4 else STORED)
+        return packed
+
+    def _pack_expert(self, names: Sequence[str], into: PackedExperts, expert: int) -> None:
+        """names: the weights' alone, or the blocks' and the scales'."""
+        weight, *scales = (self.checkpoint.read_rows(name, expert, expert + 1)[0] for name in names)
+        if not scales:
+            weight = weight.T if weight.dtype in PACKED else weight.T.astype(np.float32)
+        steps = 2 if into.gated else 1
+        pack = self.operators.resolve("moe", self.dtype).pack_experts
+        for first in range(steps):
+            rows = weight[first::steps]
+            try:
+                given = [each[first::steps] for each in scales]
+                pack(
+                    rows if scales else np.ascontiguousarray(rows),
+                    into,
+                    expert,
+                    *given,
+                    first_panel=first,
+                    panel_step=steps,
+                )
+            except ValueError as error:
+                if "holds" not in str(error):
+                    raise
+                raise self._damaged(names[-1], str(error).partition("holds ")[2]) from None
+        for name, array in zip(names, (weight, *scales), strict=True):
+            self.checkpoint.release(name)
+            self._count(array, array.nbytes if scales else None)
 
     def rms_norm(self, name: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
         """offset: what is added to the weight."""
@@ -198,31 +281,32 @@ class Weights:
             raise self._damaged(name)
         return values
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> None:
-        self._check(name, shape)
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[Dtype] = STORED) -> None:
+        self._check(name, shape, dtypes)
         self._left.discard(name)
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if (problem := self._problem(name, shape)) is not None:
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: Sequence[Dtype] = STORED) -> None:
+        if (problem := self._problem(name, shape, dtypes)) is not None:
             raise ModelError(f"{self.checkpoint.path}: {problem}")
 
-    def _problem(self, name: str, shape: tuple[int, ...]) -> str | None:
+    def _problem(self, name: str, shape: tuple[int, ...], dtypes: Sequence[Dtype]) -> str | None:
         """What keeps a tensor from being taken."""
         if name not in self._left:
             return f"tensor {name} is not there"
         if (actual := self.checkpoint.shape(name)) != shape:
             return f"{name} has shape {actual}, and config.json makes it {shape}"
-        if (dtype := self.checkpoint.dtype(name)) not in STORED:
-            return f"{name} is of dtype {dtype}; supported are {', '.join(map(str, STORED))}"
+        if (dtype := self.checkpoint.dtype(name)) not in dtypes:
+            return f"{name} is of dtype {dtype}; supported are {', '.join(map(str, dtypes))}"
         return None
 
-    def _count(self, values: Array) -> None:
-        size = values.size * self.dtype.itemsize
+    def _count(self, values: Array, size: int | None = None) -> None:
+        """size: in bytes, where it is not that of so many numbers of the model's dtype."""
+        size = values.size * self.dtype.itemsize if size is None else size
         self.nbytes += size
         self._bar.update(size)
 
-    def _damaged(self, name: str) -> ModelError:
-        return ModelError(f"{name} in {self.checkpoint.path} holds NaN: the file is damaged, download it again")
+    def _damaged(self, name: str, what: str = "NaN") -> ModelError:
+        return ModelError(f"{name} in {self.checkpoint.path} holds {what}: the file is damaged, download it again")
 
 
 class Survey(Weights):
@@ -252,8 +336,8 @@ class Survey(Weights):
         self._take(name, shape)
         return np.zeros(shape, np.float32)
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self._problems and (problem := self._problem(name, shape)) is not None:
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: Sequence[Dtype] = STORED) -> None:
+        if name not in self._problems and (problem := self._problem(name, shape, dtypes)) is not None:
             self._problems[name] = problem
 
     def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
@@ -269,4 +353,7 @@ class Survey(Weights):
     def _pack_rows(
         self, operator: str, name: str, rows: Array, into: PackedLinear, first_panel: int, panel_step: int
     ) -> None:
+        pass
+
+    def _pack_expert(self, names: Sequence[str], into: PackedExperts, expert: int) -> None:
         pass

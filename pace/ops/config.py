@@ -25,6 +25,7 @@ class OperatorConfig:
     attention: str = ""
     out_projection: str = ""
     mlp: str = ""
+    moe: str = ""
     lm_head: str = ""
     sampling: str = ""
 

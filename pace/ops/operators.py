@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pace.reference.arrays import Array, Float, float32
+from pace.reference.pack_experts import PackedExperts
 from pace.reference.pack_linear import PackedLinear
 from pace.reference.sample import Bias, History, Sampled
 
@@ -104,6 +105,38 @@ class Embedding:
     def __call__(self, rows: Array) -> Array:
         """(rows, hidden), of their indices (rows,) int32."""
         return self._functions.embed(rows, self.table)  # type: ignore[no-any-return]
+
+
+class MoE:
+    """A router, and the experts of which each token has `chosen` (reference.route, reference.moe)."""
+
+    def __init__(
+        self,
+        config: OperatorConfig,
+        dtype: Dtype,
+        router: PackedLinear,
+        router_bias: Float | None,
+        gate_up: PackedExperts,
+        down: PackedExperts,
+        gate_up_bias: Float | None,
+        down_bias: Float | None,
+        chosen: int,
+        alpha: float,
+        limit: float,
+    ) -> None:
+        self._functions = config.resolve("moe", dtype)
+        self.router, self.router_bias = router, router_bias
+        self.gate_up, self.down = gate_up, down
+        self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
+        self.chosen, self.alpha, self.limit = chosen, alpha, limit
+
+    def __call__(self, x: Array) -> Array:
+        logits = self._functions.linear(x, self.router, self.router_bias, out_dtype=np.float32)
+        experts, weights = self._functions.route(logits, self.chosen)
+        biases = self.gate_up_bias, self.down_bias
+        return self._functions.moe(  # type: ignore[no-any-return]
+            x, self.gate_up, self.down, experts, weights, *biases, self.alpha, self.limit
+        )
 
 
 class LMHead:

@@ -28,6 +28,7 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "attention": ("store_kv", "attend"),
     "out_projection": ("pack_linear", "linear"),
     "mlp": ("pack_linear", "linear", "gated_mlp"),
+    "moe": ("pack_linear", "linear", "pack_experts", "route", "moe"),
     "lm_head": ("pack_linear", "linear", "embed"),
     "sampling": ("sample",),
 }
