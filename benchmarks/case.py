@@ -128,8 +128,9 @@ def cold_copies(arguments: Sequence[Any], machine: Host) -> list[tuple[Any, ...]
 
 
 def kind_of(arguments: Sequence[Any]) -> np.dtype:
-    """The dtype that a case is about: float32 or bfloat16, not that of indices."""
-    return next(array.dtype for array in parts(arguments) if array.dtype in KINDS)
+    """The dtype that a case is about: float32 or bfloat16 where there is one, not that of indices."""
+    dtypes = [array.dtype for array in parts(arguments)]
+    return next((dtype for dtype in dtypes if dtype in KINDS), dtypes[0])
 
 
 def assert_twins_agree(native: Form, reference: Form, arguments: Sequence[Any], *, rtol: float, atol: float) -> None:

@@ -12,7 +12,7 @@ from pace.roofline import Roofline
 
 from .case import Result
 
-DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "uint8": "uint8"}
 
 Rooflines = dict[str, Roofline]  # by rung
 

@@ -82,6 +82,9 @@ def instructions_of(path):
     return found
 
 
+SCALAR = ("pack_experts",)  # moves 32 bits at a time, and is bound by memory all the same
+
+
 def symbols_of(path, *options):
     lines = subprocess.run(["nm", "-P", *options, path], check=True, capture_output=True, text=True).stdout.splitlines()
     return {line.split()[0] for line in lines}
@@ -97,7 +100,7 @@ def assert_only(path, allowed):
 def test_a_rung_holds_its_own_instructions(room, rung):
     path = object_of(room, rung)
     assert_only(path, ALLOWED[rung])
-    assert bool(instructions_of(path)["EVEX"]) == (rung == "avx512")
+    assert bool(instructions_of(path)["EVEX"]) == (rung == "avx512" and room not in SCALAR)
 
 
 def test_the_check_sees_what_does_not_belong():
