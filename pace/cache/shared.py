@@ -130,7 +130,12 @@ class SharedBlocks(BlockCache):
 
     def tokens_to_come(self, sequences: Sequence[int], lengths: Longs, chunks: Longs) -> int:
         rows = np.array(sequences, np.int64)
-        more = np.maximum(self._blocks_of(lengths) - self._blocks_of(self._lengths[rows]), 0)
+        before = self._lengths[rows]
+        more = np.maximum(self._blocks_of(lengths) - self._blocks_of(before), 0)
+        if self._num_shared:  # a block that is gone on in may have to be copied; as much in each group
+            tails = self._tables[self._lines(rows)[0], (before - 1) // self.block_tokens]
+            shared = self._sharers[tails] > self._is_known[tails]
+            more += shared & (before % self.block_tokens > 0) & (lengths > before)
         blocks = int(more.sum()) * self.groups.num_full
         for i, window in enumerate(self._windows.tolist()):
             most = most_blocks(lengths, chunks, window, self.block_tokens)
@@ -141,12 +146,13 @@ class SharedBlocks(BlockCache):
         """How many blocks of a window each sequence holds alone: those come free when the window leaves them."""
         kept, ends = self._kept[window, rows], self._blocks_of(self._lengths[rows])
         if not self._num_shared:
-            return np.subtract(ends, kept)
+            alone: Longs = ends - kept
+            return alone
         columns = kept[:, None] + np.arange((ends - kept).max(initial=0))
         held = columns < ends[:, None]
         lines = rows * self._num_groups + self.groups.num_full + window
         blocks = self._tables[lines[:, None], np.where(held, columns, 0)]
-        alone: Longs = (held & (self._sharers[blocks] == self._is_known[blocks])).sum(axis=1)
+        alone = (held & (self._sharers[blocks] == self._is_known[blocks])).sum(axis=1)
         return alone
 
     def held_tokens(self, sequences: Sequence[int]) -> int:

@@ -63,4 +63,4 @@ def most_blocks(length: Count, chunk: Longs | int | None, window: int, block_tok
 
 def lesser(a: Count, b: Longs | int) -> Count:
     """Of numbers or of arrays."""
-    return np.minimum(a, b) if isinstance(a, np.ndarray) else min(a, b)  # type: ignore[return-value, type-var]
+    return np.minimum(a, b) if isinstance(a, np.ndarray) else min(a, b)  # type: ignore[return-value]
