@@ -89,7 +89,7 @@ def check_choice(chosen: Array, weights: Array, tokens: int, num_experts: int) -
         wanted = tokens, chosen.shape[1]
         if array.shape != wanted:
             raise ValueError(f"{name} has shape {array.shape}; it must be {wanted}")
-    if chosen.size and not (0 <= chosen.min() and chosen.max() < num_experts):
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= num_experts):
         wrong = int(chosen.min()) if chosen.min() < 0 else int(chosen.max())
         raise ValueError(f"chosen holds expert {wrong}; there are {num_experts}")
 

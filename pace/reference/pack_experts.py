@@ -134,7 +134,7 @@ def pack_experts(
     panels = np.empty((count, blocks, 1 + PANEL, PANEL), np.uint8)
     panels[:, :, 0] = exponents.reshape(count, PANEL, blocks).transpose(0, 2, 1)
     words = np.bitwise_or.reduce(codes.reshape(count, PANEL, blocks, 4, 8) << _SHIFTS, axis=-1)
-    lines = words.transpose(0, 2, 3, 1).astype("<u4").view(np.uint8)
+    lines = words.transpose(0, 2, 3, 1).astype("<u4", order="C").view(np.uint8)
     panels[:, :, 1:] = lines.reshape(count, blocks, PANEL, PANEL)
     into.panels[expert, first_panel : first_panel + count * panel_step : panel_step] = panels
     return into

@@ -2,6 +2,13 @@
 #include "moe/mxfp4.h"
 #include "simd/math.h"
 
+#define APART static __attribute__((noinline))
+
+#if RUNG_AVX512
+enum { FEW_ROWS = 4 };
+#else
+enum { FEW_ROWS = 1 };
+#endif
 enum { ITEM_COLUMNS = 16 * ITEM_PANELS };
 
 // Where a row of a unit stands in an arranged matrix of a_words words a row: its tile's first word, which of its rows it
@@ -61,6 +68,25 @@ INLINE void add_tiles(enum kind kind, const struct moe_unit *unit, const word *a
     }
 }
 
+#define FEW_ROWS_CASE(n)                                                                                               \
+    case n:                                                                                                            \
+        if (kind == BF16)                                                                                              \
+            sum_mxfp4(BF16, n, ITEM_PANELS, a, panels, panel_bytes, num_blocks, sums, ITEM_COLUMNS);                   \
+        else                                                                                                           \
+            sum_mxfp4(F32, n, ITEM_PANELS, a, panels, panel_bytes, num_blocks, sums, ITEM_COLUMNS);                    \
+        break;
+APART void sum_few_rows(enum kind kind, size_t rows, const word *a, const uint8_t *panels, size_t panel_bytes,
+                        size_t num_blocks, float *sums) {
+    switch (rows) {
+        FEW_ROWS_CASE(1)
+#if RUNG_AVX512
+        FEW_ROWS_CASE(2)
+        FEW_ROWS_CASE(3)
+        FEW_ROWS_CASE(4)
+#endif
+    }
+}
+
 // sums (rows of the unit, 64) = their product with the four panels from `first_panel` on.
 INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const struct moe_unit *unit, const word *a,
                             size_t first_panel, word *unpacked, float *sums) {
@@ -77,16 +103,9 @@ INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const st
         return;
     }
     const size_t num_blocks = w->in_features / MXFP4_BLOCK;
-    if (unit->rows <= 4 && panels == 4) {
-        const word *rows = a + unit->first * a_words;
-        switch (unit->rows) {
-        case 1: sum_mxfp4(kind, 1, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
-#if RUNG_AVX512
-        case 2: sum_mxfp4(kind, 2, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
-        case 3: sum_mxfp4(kind, 3, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
-        case 4: sum_mxfp4(kind, 4, 4, rows, from, w->panel_bytes, num_blocks, sums, ITEM_COLUMNS); return;
-#endif
-        }
+    if (unit->rows <= FEW_ROWS && panels == ITEM_PANELS) {
+        sum_few_rows(kind, unit->rows, a + unit->first * a_words, from, w->panel_bytes, num_blocks, sums);
+        return;
     }
     t.b = unpacked;
     t.b_panel = words_of(kind, CHUNK_BLOCKS * MXFP4_BLOCK) * 16;
@@ -100,7 +119,7 @@ INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const st
     }
 }
 
-INLINE void product_of_any(const struct moe_args *a, const struct moe_weight *w, const struct moe_unit *unit,
+APART void product_of_any(const struct moe_args *a, const struct moe_weight *w, const struct moe_unit *unit,
                            const word *rows, size_t first_panel, word *unpacked, float *sums) {
     if (a->kind == BF16)
         product_of_item(BF16, w, unit, rows, first_panel, unpacked, sums);

@@ -29,10 +29,8 @@ INLINE void unpack_blocks(enum kind kind, const uint8_t *from, size_t blocks, wo
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++) {
             const __m512i codes = _mm512_loadu_si512(from + 16 + 64 * q);
-            to = put_pair(kind, to, bf16_of_e2m1(codes, 0, exponents));
-            to = put_pair(kind, to, bf16_of_e2m1(codes, 1, exponents));
-            to = put_pair(kind, to, bf16_of_e2m1(codes, 2, exponents));
-            to = put_pair(kind, to, bf16_of_e2m1(codes, 3, exponents));
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; n++) to = put_pair(kind, to, bf16_of_e2m1(codes, n, exponents));
         }
     }
 }
@@ -69,16 +67,15 @@ INLINE void sum_mxfp4(enum kind kind, const int ROWS, const int PANELS, const wo
             __m512i codes[4];
 #pragma GCC unroll 4
             for (int p = 0; p < PANELS; p++) codes[p] = _mm512_loadu_si512(panels + p * panel_bytes + 16 + 64 * q);
-#define ADD_PAIRS(N)                                                                                                   \
-    for (int p = 0; p < PANELS; p++) {                                                                                 \
-        const __m512i pair = bf16_of_e2m1(codes[p], N, exponents[p]);                                                  \
-        for (int r = 0; r < ROWS; r++) acc[r * PANELS + p] = add_pair(kind, acc[r * PANELS + p], pair, a + r, ROWS);   \
-    }                                                                                                                  \
-    a += a_pair;
-            ADD_PAIRS(0)
-            ADD_PAIRS(1)
-            ADD_PAIRS(2)
-            ADD_PAIRS(3)
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; n++, a += a_pair)
+#pragma GCC unroll 4
+                for (int p = 0; p < PANELS; p++) {
+                    const __m512i pair = bf16_of_e2m1(codes[p], n, exponents[p]);
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; r++)
+                        acc[r * PANELS + p] = add_pair(kind, acc[r * PANELS + p], pair, a + r, ROWS);
+                }
         }
     }
 #pragma GCC unroll 4

@@ -313,12 +313,9 @@ INLINE pair_ps scale_from(float least, pair_ps x, pair_ps p, pair_ps n) {
     return r;
 }
 
-// bfloat16 of E2M1 times 2^(125 - n): codes are bits 4·N … 4·N + 3 of each 16-bit lane, and 8, the negative zero, is none
-// of them; `exponents` is n · 2^7, and leaves all values normal. The table has them at 2^125: a zero that the exponent is
+// bfloat16 of E2M1 times 2^(125 - s): codes are bits 4·n … 4·n + 3 of each 16-bit lane, and 8, the negative zero, is none
+// of them; `exponents` is s · 2^7, and leaves all values normal. The table has them at 2^125: a zero that the exponent is
 // taken from stays one, as the subtraction saturates.
-#define bf16_of_e2m1(codes, N, exponents)                                                                              \
-    ((pair_epi){{scaled_e2m1(_mm256_srli_epi16((codes).half[0], 4 * (N)), (exponents).half[0]),                        \
-                 scaled_e2m1(_mm256_srli_epi16((codes).half[1], 4 * (N)), (exponents).half[1])}})
 INLINE __m256i scaled_e2m1(__m256i codes, __m256i exponents) {
     // The low bytes of eight magnitudes, then their high bytes: the two bytes of a lane look up a half each.
     const __m256i bytes = _mm256_broadcastsi128_si256(
@@ -327,4 +324,8 @@ INLINE __m256i scaled_e2m1(__m256i codes, __m256i exponents) {
     const __m256i both = _mm256_or_si256(low, _mm256_slli_epi16(_mm256_or_si256(low, _mm256_set1_epi16(8)), 8));
     const __m256i magnitude = _mm256_subs_epu16(_mm256_shuffle_epi8(bytes, both), exponents);
     return _mm256_or_si256(magnitude, _mm256_and_si256(_mm256_slli_epi16(codes, 12), _mm256_set1_epi16((short)0x8000)));
+}
+INLINE pair_epi bf16_of_e2m1(pair_epi codes, int n, pair_epi exponents) {
+    return (pair_epi){{scaled_e2m1(_mm256_srli_epi16(codes.half[0], 4 * n), exponents.half[0]),
+                       scaled_e2m1(_mm256_srli_epi16(codes.half[1], 4 * n), exponents.half[1])}};
 }
