@@ -258,10 +258,16 @@ def test_what_a_config_leaves_out():
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        ({"mm_tokens_per_image": 8}, r"mm_tokens_per_image in config\.json is 8; it must be a square that divides 6 × 6"),
+        (
+            {"mm_tokens_per_image": 8},
+            r"mm_tokens_per_image in config\.json is 8; it must be a square that divides 6 × 6",
+        ),
         ({"mm_tokens_per_image": 16}, r"mm_tokens_per_image in config\.json is 16; it must be a square"),
         ({"image_token_index": 97}, r"image_token_index in config\.json is 97; it must be below vocab_size 97"),
-        ({"text_config": {"sliding_window": 8}}, r"sliding_window in config\.json is 8; it must hold the 9 of an image"),
+        (
+            {"text_config": {"sliding_window": 8}},
+            r"sliding_window in config\.json is 8; it must hold the 9 of an image",
+        ),
         ({"vision_config": {"num_attention_heads": 5}}, r"hidden_size .* is 54; it must be a multiple of 5"),
     ],
 )
