@@ -128,6 +128,11 @@ class KVCache(ABC):
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence but its first `length`. ValueError where it has fewer."""
 
+    def cut(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """truncate, of several sequences, each once."""
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.truncate(sequence, length)
+
     @abstractmethod
     def fork(self, sequence: int) -> int:
         """A new sequence with the same tokens. CacheFull where there is no room."""

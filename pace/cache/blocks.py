@@ -134,6 +134,14 @@ class BlockCache(KVCache):
         self._give(self._tables[sequence, self._blocks_of(length) : self._blocks_of(before)])
         self._lengths[sequence] = length
 
+    def cut(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        rows, after = self._rows_of(sequences), np.array(lengths, np.int64)
+        before = self._lengths[rows]
+        # Most are cut by less than they hold beyond need, and give nothing back.
+        stay = (self.room_for(after) == self.room_for(before)) & (after >= 0) & (after <= before)
+        self._lengths[rows[stay]] = after[stay]
+        super().cut(rows[~stay].tolist(), after[~stay].tolist())
+
     def fork(self, sequence: int) -> int:
         length, blocks = self.length(sequence), self._blocks_held(sequence)
         self._require(self.room_for(length))

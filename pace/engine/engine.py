@@ -20,10 +20,12 @@ from .request import Request
 from .sampler import Sampler
 from .scheduler import Batch, Scheduler
 from .sequence import Sequence
+from .speculation import Speculation, SpeculationStats
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("pace")
 
+DRAWN_ROWS = 256  # of logits at a time, of whole sequences: each is a whole vocabulary
 LOGIT_ROWS = 64  # of a prompt at a time, whose log-probabilities are asked for: a row is a whole vocabulary
 
 
@@ -45,6 +47,7 @@ class EngineStats:
     cached_tokens: int  # of those, what the cache had already
     output_tokens: int
     cache: CacheStats
+    speculation: SpeculationStats | None = None
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -63,11 +66,12 @@ class Engine:
         config: EngineConfig | None = None,
         operators: OperatorConfig | None = None,
         generation_config: abc.Mapping[str, Any] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model, self.cache, self.tokenizer = model, cache, tokenizer
         self.config = config or EngineConfig()
         self.intake = Intake(model, cache, tokenizer, generation_config or {})
-        self.scheduler = Scheduler(cache, self.config)
+        self.scheduler = Scheduler(cache, self.config, speculation)
         self._sampler = Sampler(tokenizer, operators or OperatorConfig())
         self._requests = self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._finished: Counter[str] = Counter()
@@ -121,9 +125,9 @@ class Engine:
             raise
         if batch is None:
             return []
-        began, told = time.perf_counter(), [batch.sequences[i] for i in batch.ready]
+        began, told, accepted = time.perf_counter(), [batch.sequences[i] for i in batch.ready], []
         try:
-            self._advance(batch, told)
+            accepted = self._advance(batch, told)
         except Exception as error:
             logger.exception("a step failed: the %d sequences of its batch end with it", len(batch.sequences))
             self._fail(batch, f"{type(error).__name__}: {error}")
@@ -133,7 +137,7 @@ class Engine:
             raise
         finally:
             self.scheduler.retire(batch)
-        self.scheduler.observe(batch, time.perf_counter() - began)
+        self.scheduler.observe(batch, accepted, time.perf_counter() - began)
         return self._news(told)
 
     def stats(self) -> EngineStats:
@@ -148,21 +152,52 @@ class Engine:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             cache=self.cache.stats(),
+            speculation=None if self.scheduler.speculation is None else self.scheduler.speculation.stats(),
         )
 
     # --- a step ---
 
-    def _advance(self, batch: Batch, told: list[Sequence]) -> None:
-        """told: who draws a token, or is embedded; whose prompt turns out to be at fault is added."""
+    def _advance(self, batch: Batch, told: list[Sequence]) -> list[int]:
+        """told: who draws a token, or is embedded; whose prompt turns out to be at fault is added. Returns how many
+        drafts were right, of each that decodes.
+        """
         hidden, drawing = self.model.forward(batch.tokens, batch.placement, self.cache), batch.drawing
         told += self._read_prompts(batch, hidden)
         self._steps += 1
-        if drawing:
-            logits = self.model.logits(hidden[batch.last_rows(drawing)])
-            self._sampler.sample(logits, [batch.sequences[i] for i in drawing])
+        accepted = [0] * batch.num_decoding
+        for indices in batch.in_parts(drawing, DRAWN_ROWS):
+            self._draw(batch, hidden, indices, accepted)
         self._pool(batch, hidden)
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            sequence.computed += count
+        for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
+            sequence.computed += 1 + accepted[i] if i < batch.num_decoding else count
+        self._drop_drafts(batch, accepted)
+        self.scheduler.read_ahead(batch)
+        return accepted
+
+    def _draw(self, batch: Batch, hidden: Array, indices: list[int], accepted: list[int]) -> None:
+        """The next token of each sequence; and as long as that is its next draft, one more. `accepted` counts them.
+
+        Row by row as without drafts, so that all that a token depends on is as it would be.
+        """
+        logits = self.model.logits(hidden[batch.drawn_rows(indices)])
+        sizes = [1 + len(batch.drafts_of(i)) for i in indices]
+        rows = dict(zip(indices, np.cumsum([0, *sizes]).tolist(), strict=False))
+        while rows:
+            drawn = logits if len(rows) == len(logits) else logits[list(rows.values())]
+            self._sampler.sample(drawn, [batch.sequences[i] for i in rows])
+            rows = {i: row + 1 for i, row in rows.items() if batch.goes_on(i, accepted)}
+            for i in rows:
+                accepted[i] += 1
+
+    def _drop_drafts(self, batch: Batch, accepted: list[int]) -> None:
+        """Those that were wrong, from the cache."""
+        wrong = {
+            sequence.slot: sequence.computed
+            for sequence, drafts, right in zip(batch.sequences, batch.drafts, accepted, strict=False)
+            if right < len(drafts) and sequence.slot is not None
+        }
+        if wrong:
+            self.cache.cut(list(wrong), list(wrong.values()))
 
     def _read_prompts(self, batch: Batch, hidden: Array) -> list[Sequence]:
         """Log-probabilities of the prompts that went through the model, where they are asked for. Returns those that

@@ -20,6 +20,9 @@ from .chunks import Chunks
 from .config import EngineConfig
 from .request import Request
 from .sequence import Sequence
+from .speculation import Speculation
+
+Drafts = dict[Sequence, list[int]]
 
 _ORDER = attrgetter("order")
 
@@ -34,25 +37,58 @@ class Batch:
     tokens: Ints
     placement: Placement
     ready: list[int]  # the indices of those that have no token left to compute
+    drafts: list[list[int]]  # behind the last token, of those that decode
 
     @property
     def drawing(self) -> list[int]:
         """Of those that are ready, those whose next token is drawn: all that write."""
         return [i for i in self.ready if self.sequences[i].max_tokens]
 
-    def last_rows(self, indices: list[int]) -> Ints:
-        """The last row of each."""
-        rows: Ints = self.placement.starts[1:][indices] - 1
-        return rows
+    @property
+    def decoding_rows(self) -> int:
+        """Tokens of those that decode, drafts among them."""
+        return int(self.placement.starts[self.num_decoding])
+
+    def drafts_of(self, index: int) -> list[int]:
+        return self.drafts[index] if index < self.num_decoding else []
+
+    def drawn_rows(self, indices: list[int]) -> Ints:
+        """Of each in turn, the row of its last token, and of its drafts."""
+        ends = self.placement.starts[1:]
+        if not any(self.drafts):
+            rows: Ints = ends[indices] - 1
+            return rows
+        return np.concatenate([np.arange(ends[i] - 1 - len(self.drafts_of(i)), ends[i]) for i in indices])
+
+    def in_parts(self, indices: list[int], most_rows: int) -> abc.Iterator[list[int]]:
+        """Those whose tokens are drawn, so many that they have at most so many rows, or one by itself."""
+        part, rows = list[int](), 0
+        for i in indices:
+            more = 1 + len(self.drafts_of(i))
+            if part and rows + more > most_rows:
+                yield part
+                part, rows = [], 0
+            part.append(i)
+            rows += more
+        if part:
+            yield part
+
+    def goes_on(self, index: int, accepted: list[int]) -> bool:
+        """Whether the token that was drawn last is the sequence's next draft, and not its end."""
+        drafts, sequence = self.drafts_of(index), self.sequences[index]
+        if not drafts or sequence.finish_reason is not None or accepted[index] == len(drafts):
+            return False
+        return sequence.token_ids[-1] == drafts[accepted[index]]
 
 
 class Scheduler:
-    def __init__(self, cache: KVCache, config: EngineConfig) -> None:
+    def __init__(self, cache: KVCache, config: EngineConfig, speculation: Speculation | None = None) -> None:
         self.cache, self.config = cache, config
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._refused: tuple[Sequence, int] | None = None  # who found no room, and how much there was
+        self.speculation = speculation
         self._chunks = Chunks(config.stretch)
         self._tokens = np.empty(config.max_batch_tokens + config.max_sequences, np.int32)
 
@@ -92,24 +128,40 @@ class Scheduler:
         self.cache.free(sequence.slot)
         self.running.remove(sequence)
         sequence.slot, sequence.computed = None, 0
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
 
     # --- the next batch ---
 
     def next_batch(self) -> Batch | None:
         """None where there is nothing to do. CacheFull where the one sequence that is left has no room."""
         self._admit()
+        drafts = self._drafts()
         while self.running:
             try:
-                return self._place(*self._pieces())
+                return self._place(*self._pieces(drafts), drafts)
             except CacheFull:
-                if len(self.running) == 1:
+                if drafts:
+                    drafts = {}  # nobody gives way to them
+                elif len(self.running) == 1:
                     raise
-                self._preempt()
+                else:
+                    self._preempt()
         return None
 
-    def observe(self, batch: Batch, seconds: float) -> None:
-        """What a batch took, for the policy to learn from."""
-        self._chunks.observe(batch.num_decoding, len(batch.tokens) - batch.num_decoding, seconds)
+    def read_ahead(self, batch: Batch) -> None:
+        """The prompts of a batch, for drafts to come."""
+        if self.speculation is not None and batch.num_decoding < len(batch.sequences):
+            self.speculation.read(batch.sequences[batch.num_decoding :], batch.counts[batch.num_decoding :])
+
+    def observe(self, batch: Batch, accepted: list[int], seconds: float) -> None:
+        """What a batch took, and how many drafts were right, for the policy to learn from."""
+        if self.speculation is not None and batch.num_decoding:
+            alone = batch.num_decoding == len(batch.sequences)
+            decoding, drafted = batch.sequences[: batch.num_decoding], [len(drafts) for drafts in batch.drafts]
+            self.speculation.observe(decoding, drafted, accepted, seconds, alone)
+        rows = batch.decoding_rows
+        self._chunks.observe(rows, len(batch.tokens) - rows, seconds)
 
     def _admit(self) -> None:
         while self.waiting:
@@ -190,14 +242,24 @@ class Scheduler:
         self.add([sequence])
         self.preemptions += 1
 
-    def _pieces(self) -> tuple[list[Sequence], list[int], int]:
+    def _decoding(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.pending == 1]
+
+    def _drafts(self) -> Drafts:
+        """Of those that decode, where there are any."""
+        if self.speculation is None:
+            return {}
+        decoding = self._decoding()
+        return self.speculation.drafts(decoding, self.config.max_batch_tokens - len(decoding))
+
+    def _pieces(self, drafts: Drafts) -> tuple[list[Sequence], list[int], int]:
         """Who is in the batch, with how many tokens each; and how many of them decode."""
-        sequences = [sequence for sequence in self.running if sequence.pending == 1]
+        sequences = self._decoding()
         decoding = len(sequences)
-        counts = [1] * decoding
+        counts = [1 + len(drafts.get(sequence, ())) for sequence in sequences] if drafts else [1] * decoding
         if decoding == len(self.running):
             return sequences, counts, decoding
-        left = self._prompt_tokens(decoding)
+        left = self._prompt_tokens(sum(counts))
         for sequence in self.running:
             if sequence.pending > 1 and left:
                 sequences.append(sequence)
@@ -212,10 +274,14 @@ class Scheduler:
             return min(left, self._chunks.tokens(decoding))
         return left
 
-    def _place(self, sequences: list[Sequence], counts: list[int], decoding: int) -> Batch:
+    def _place(self, sequences: list[Sequence], counts: list[int], decoding: int, drafts: Drafts) -> Batch:
         tokens = self._tokens[: sum(counts)]
-        tokens[:decoding] = [sequence.ids[-1] for sequence in sequences[:decoding]]
-        ready, at = list(range(decoding)), decoding
+        drafted = [drafts.get(sequence, []) for sequence in sequences[:decoding]]
+        decoded = [
+            token for sequence, more in zip(sequences, drafted, strict=False) for token in (sequence.ids[-1], *more)
+        ]
+        ready, at = list(range(decoding)), len(decoded)
+        tokens[:at] = decoded
         for i in range(decoding, len(sequences)):
             sequence, count = sequences[i], counts[i]
             tokens[at : at + count] = sequence.ids[sequence.computed : sequence.computed + count]
@@ -224,4 +290,4 @@ class Scheduler:
                 ready.append(i)
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         placement = self.cache.append(slots, counts, tokens)
-        return Batch(sequences, counts, decoding, tokens, placement, ready)
+        return Batch(sequences, counts, decoding, tokens, placement, ready, drafted)

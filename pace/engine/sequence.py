@@ -65,7 +65,7 @@ class Sequence:
         self._bias, self._bias_arrays = bias, _arrays(bias)
         self.row = params.row()
         self._generator = np.random.Generator(np.random.Philox(_seeds(params.seed, index)))
-        self._uniform: float | None = None
+        self._uniforms: list[float] = []  # drawn ahead of their tokens
         self.seen = Seen(prompt) if params.penalises else None
         self.computed = 0
         self.slot: int | None = None
@@ -74,6 +74,11 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+
+    @property
+    def origin(self) -> "Sequence":
+        """The first text of its request."""
+        return self.request.sequences[0]
 
     @property
     def pending(self) -> int:
@@ -107,15 +112,17 @@ class Sequence:
     def _ends_with(self, tokens: tuple[int, ...]) -> bool:
         return tuple(self.ids[len(self.ids) - len(tokens) :]) == tokens
 
-    def uniform(self) -> float:
-        """What the next token is drawn with: the same until there is one, also where a step is interrupted."""
-        if self._uniform is None:
-            self._uniform = self._generator.random()
-        return self._uniform
+    def uniforms(self, count: int) -> list[float]:
+        """What the next tokens are drawn with: the same until they are there, also where a step is interrupted."""
+        if self.params.temperature == 0:
+            return [0.0] * count
+        while len(self._uniforms) < count:
+            self._uniforms.append(self._generator.random())
+        return self._uniforms[:count]
 
     def accept(self, token: int) -> None:
         """One more token of output, which may be the last."""
-        self._uniform = None
+        del self._uniforms[:1]
         if self.request.metrics.first_token is None:
             self.request.metrics.first_token = time.perf_counter()
         self.ids.append(token)
