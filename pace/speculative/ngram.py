@@ -19,7 +19,9 @@ class NGram(Proposer):
     ) -> None:
         self._longest, self._shortest = int(config.option("longest")), int(config.option("shortest"))
         if self._longest < self._shortest:
-            raise ValueError(f"longest of speculative is {self._longest}; it must be at least {self._shortest}")
+            raise ValueError(
+                f"longest of speculative is {self._longest}; it must be at least {self._shortest}, as shortest is"
+            )
         self._indices: dict[Text, _Index] = {}
 
     def propose(self, texts: Sequence[Text], counts: Sequence[int]) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """A proposer that knows how texts go on, and is right with a given probability: for tests and benchmarks."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -14,13 +13,16 @@ from .base import Draft, Proposer, SpeculativeConfig, Text
 class Oracle(Proposer):
     """`knows` are whole texts, prompts and all. Each draft is right with `probability`, whatever the others are."""
 
-    OPTIONS: ClassVar = {"probability": 0.8}
-
     def __init__(
-        self, config: SpeculativeConfig, target: Model, draft: Draft | None = None, cache: KVCache | None = None
+        self,
+        config: SpeculativeConfig,
+        target: Model,
+        draft: Draft | None = None,
+        cache: KVCache | None = None,
+        probability: float = 0.8,
     ) -> None:
         self.knows: list[list[int]] = []
-        self.probability, self._vocabulary = config.option("probability"), target.vocabulary
+        self.probability, self._vocabulary = probability, target.vocabulary
         self._of: dict[Text, list[int]] = {}
         self._generator = np.random.default_rng(0)
 

@@ -179,6 +179,13 @@ class Life(RuleBasedStateMachine):
         self.cache.truncate(sequence, length)
         del self.histories[sequence][length:]
 
+    @rule(chosen=st.lists(st.tuples(sequences, st.integers(0, 70)), max_size=4, unique_by=lambda pair: pair[0]))
+    def cut(self, chosen):
+        lengths = [max(0, self.length(sequence) - less) for sequence, less in chosen]
+        self.cache.cut([sequence for sequence, _ in chosen], lengths)
+        for (sequence, _), length in zip(chosen, lengths, strict=True):
+            del self.histories[sequence][length:]
+
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence):
         before = self.cache.stats()
@@ -465,6 +472,18 @@ def test_at_most_one_block_of_a_sequence_is_not_full(name):
     assert cache.stats().used_bytes == used
 
 
+def test_what_can_not_be_cut(name):
+    cache = make(name, blocks=40)
+    cache.append([cache.allocate(), cache.allocate()], [20, 30])
+    for length in (31, -1):
+        with pytest.raises(ValueError, match=rf"length is {length}; sequence 1 has 30 tokens"):
+            cache.cut([1], [length])
+    with pytest.raises(ValueError, match="sequence 7 is not in the cache"):
+        cache.cut([0, 7], [0, 0])
+    assert [cache.length(i) for i in range(2)] == [20, 30]
+
+
+@pytest.mark.parametrize("name", CACHES)
 def test_refusals(name):
     cache = make(name)
     sequence, ended = cache.allocate(), cache.allocate()

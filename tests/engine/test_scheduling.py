@@ -138,7 +138,7 @@ def test_many_lives(llm, alone, cache, prefix_caching, arrivals, room, chunk, se
     life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
 
 
-def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
+def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve, make_engine=make_engine):
     least = make_engine(llm, cache, 1 << 12).cache.tokens_needed(LONGEST)
     engine = make_engine(
         llm, cache, least + 16 * room, prefix_caching, policy=policy, max_batch_tokens=chunk,
@@ -178,6 +178,7 @@ def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, po
     assert sum(stats.finished.values()) == stats.requests == len(arrivals)
     everything = engine.cache.allocate()  # nothing leaked: it can all be had again
     engine.cache.append([everything], [min(stats.cache.capacity_tokens, 512)])
+    return engine
 
 
 @pytest.mark.parametrize("cache", ["SLAB_POOL", "PAGED"])
