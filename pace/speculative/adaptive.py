@@ -15,16 +15,17 @@ from .base import Text
 
 Doubles = NDArray[np.float64]
 
-ALLOWED = 0.02  # of the time, for trials that do not pay
-CREDIT = 2.0  # steps without drafts that trials may cost beyond that
-BONUS = 10.0  # steps of what was won that make up for later trials, at most
-WORTH = 1.02  # how much faster a step has to be expected to be
+ALLOWED = 0.015  # of the time, for trials that do not pay
+CREDIT = 1.0  # steps without drafts that trials may cost beyond that
+BONUS = 5.0  # steps of what was won that make up for later trials, at most
+WORTH = 1.03  # how much faster a step has to be expected to be
 FIRST = 2  # drafts a text in the first trial; each doubles what was tried before
 PROBE = 2  # drafts a text that is tried again
 WAITS = (8, 64)  # steps before a text is tried again, from the first time on doubled
-PLAIN_AGAIN = (8, 256)  # steps with drafts before one without is measured again
-NEWEST = 0.2  # the weight of the newest step in a time
-DRIFT = 0.1  # its weight in all times: the machine is busy, the texts are longer
+PLAIN_AGAIN = (8, 256)  # steps with drafts before one without is measured again, at least and at most
+LOSS = 0.008  # of the time, by such measurements
+NEWEST = 0.1  # the weight of the newest step in a time
+DRIFT = 0.03  # its weight in all times: the machine is busy, the texts are longer
 OUTLIER = 2.0  # times what was expected, beyond which a step counts as that
 FORGET = 0.9  # of what is known of a text's drafts, at each verification
 FORGET_ALL = 0.995  # of what is known of all drafts
@@ -46,7 +47,7 @@ class Times:
         return other
 
     def observe(self, count: int, seconds: float) -> None:
-        bucket = bucket_of(count)
+        bucket, seconds = bucket_of(count), max(seconds, 1e-9)
         if bucket not in self._points:
             self._points[bucket] = count, seconds, 1
         else:
@@ -120,7 +121,7 @@ class Class:
     reach: int = FIRST  # drafts a text, so far
     plain: int = 0  # steps without drafts
     since: int = 0  # with drafts since then
-    again: int = PLAIN_AGAIN[0]
+    again: float = PLAIN_AGAIN[0]  # how many it may be
 
 
 class Adaptive:
@@ -176,7 +177,7 @@ class Adaptive:
             kind.steps.observe(len(texts) + total, step)
             if not total:
                 kind.plain += 1
-                kind.since, kind.again = 0, min(2 * kind.again, PLAIN_AGAIN[1]) if kind.since else kind.again
+                kind.since = 0
         self._account(kind, len(texts), total, sum(accepted), proposing, step)
 
     def observe_proposing(self, texts: Sequence[Text], number: int, depth: int, seconds: float) -> None:
@@ -213,8 +214,10 @@ class Adaptive:
             return [0] * number
         speed = tokens / seconds
         best = int(speed.argmax())
-        if speed[best] < WORTH * number / kind.steps.at(number):
+        gain = speed[best] * kind.steps.at(number) / number
+        if gain < WORTH:
             return [0] * number
+        kind.again = min(max((gain - 1) / LOSS, PLAIN_AGAIN[0]), PLAIN_AGAIN[1])
         counts: list[int] = np.bincount(order[: best + 1] // len(depths), minlength=number).tolist()
         return counts
 
@@ -224,7 +227,8 @@ class Adaptive:
         if not kind.plain:
             return
         alone = kind.steps.at(number)
-        cost = kind.steps.at(number + drafted) - alone + proposing
+        took = step if step is not None and drafted else kind.steps.at(number + drafted)
+        cost = took - alone + proposing
         won = accepted * alone / number
         self._debt = max(self._debt + cost - won - ALLOWED * alone, -BONUS * alone)
         if step is not None:

@@ -483,7 +483,6 @@ def test_what_can_not_be_cut(name):
     assert [cache.length(i) for i in range(2)] == [20, 30]
 
 
-@pytest.mark.parametrize("name", CACHES)
 def test_refusals(name):
     cache = make(name)
     sequence, ended = cache.allocate(), cache.allocate()
