@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pace.engine.structured import StructuredOutputsParams
     from pace.llm import LLM
     from pace.ops import OperatorConfig
+    from pace.speculative import SpeculativeConfig
 
 CHAT = {"temperature": 0.7, "top_p": 0.9}  # of answers, where neither the user nor the model says
 STARTED = time.perf_counter() - time.process_time()  # of the process: all it has done so far is compute
@@ -144,6 +145,14 @@ Ops = Annotated[
         help='The backend of each operator, {"mlp": "REFERENCE"}, or one name for all.',
     ),
 ]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MACHINE,
+        metavar="JSON",
+        help='Guess tokens ahead, {"method": "ngram"}, or with a draft model: the same text, sooner.',
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(rich_help_panel=_MACHINE, min=1, metavar="N", help="Threads to compute on.")
 ]
@@ -178,6 +187,7 @@ def generate(
     block_tokens: BlockTokens = None,
     prefix_caching: PrefixCaching = None,
     ops: Ops = None,
+    speculative: Speculative = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
@@ -195,6 +205,7 @@ def generate(
         block_tokens=block_tokens,
         prefix_caching=prefix_caching,
         ops=ops,
+        speculative=speculative,
         threads=threads,
     )
     from .answer import Figures, stream
@@ -234,6 +245,7 @@ def chat(
     block_tokens: BlockTokens = None,
     prefix_caching: PrefixCaching = None,
     ops: Ops = None,
+    speculative: Speculative = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
@@ -250,6 +262,7 @@ def chat(
         block_tokens=block_tokens,
         prefix_caching=prefix_caching,
         ops=ops,
+        speculative=speculative,
         threads=threads,
     )
     from .chat import Chat
@@ -347,13 +360,23 @@ def _read(prompt: str) -> str:
     return text
 
 
-def _load(model: str, *, ops: str | None, threads: int | None, **options: Any) -> "LLM":
+def _speculative(choice: str | None) -> "SpeculativeConfig | None":
+    from pace.speculative import SpeculativeConfig
+
+    try:
+        return SpeculativeConfig.parse(choice)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _load(model: str, *, ops: str | None, speculative: str | None, threads: int | None, **options: Any) -> "LLM":
     from pace.isa import set_num_threads
     from pace.llm import LLM
 
     if threads is not None:
         set_num_threads(threads)
-    return LLM(model, operators=_operators(ops), progress=sys.stderr.isatty(), **options)
+    options |= {"operators": _operators(ops), "speculative": _speculative(speculative)}
+    return LLM(model, progress=sys.stderr.isatty(), **options)
 
 
 def _show(figures: Any) -> None:

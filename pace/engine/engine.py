@@ -47,7 +47,7 @@ class EngineStats:
     cached_tokens: int  # of those, what the cache had already
     output_tokens: int
     cache: CacheStats
-    speculation: SpeculationStats | None = None
+    speculation: SpeculationStats = SpeculationStats()
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -152,7 +152,9 @@ class Engine:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             cache=self.cache.stats(),
-            speculation=None if self.scheduler.speculation is None else self.scheduler.speculation.stats(),
+            speculation=SpeculationStats()
+            if self.scheduler.speculation is None
+            else self.scheduler.speculation.stats(),
         )
 
     # --- a step ---

@@ -28,11 +28,11 @@ Result = TypeVar("Result")
 class SpeculationStats:
     """What drafts have come to since the engine was made."""
 
-    drafted: int  # tokens
-    accepted: int  # of these
-    verifications: int  # of one sequence in one step
-    proposing_seconds: float
-    speed_up: float | None  # of the steps without prompts, against what they would take without drafts; None: unknown
+    drafted: int = 0  # tokens
+    accepted: int = 0  # of these
+    verifications: int = 0  # of one sequence in one step
+    proposing_seconds: float = 0.0
+    speed_up: float = 1.0  # of steps without prompts, by what they would take without drafts; 1 until that is known
 
     @property
     def acceptance_rate(self) -> float:
@@ -110,7 +110,7 @@ class Speculation:
             self._accepted,
             self._verifications,
             self._proposing_seconds,
-            adaptive.plain_seconds / adaptive.seconds if adaptive.seconds else None,
+            adaptive.plain_seconds / adaptive.seconds if adaptive.seconds else 1.0,
         )
 
     # --- the work ---

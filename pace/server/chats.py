@@ -102,7 +102,7 @@ class _Chat:
         self.prompt = await asyncio.to_thread(self._encode, params)
         self.counts = Counts([self.prompt])
         async for number, progress in self.exchange.generate([self.prompt], [params], self.body.priority, whole):
-            self.counts.see(number, progress.completion_tokens, progress.cached_tokens)
+            self.counts.see(number, progress)
             for piece in progress.pieces:
                 check_end(piece)
             yield number, progress

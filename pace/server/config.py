@@ -45,6 +45,9 @@ class ServerConfig:
     threads: int | None = _flag(None, "Of each engine; else one a core.", "Machine")
     dtype: str = _flag("auto", "bfloat16, float32, or auto: the checkpoint's own.", "Machine")
     ops: str | None = _flag(None, 'The backend of each operator, {"mlp": "REFERENCE"}, or one for all.', "Machine")
+    speculative: str | None = _flag(
+        None, 'Guess tokens ahead: {"method": "ngram"}, or with a draft model. Answers stay the same.', "Machine"
+    )
     stall_seconds: float = _flag(600.0, "For which an engine may be silent before it is started anew.", "Machine")
     cache: str = _flag("SLAB_POOL", "SLAB_POOL, PAGED, BMC or DYNAMIC.", "Cache and queue")
     kv_cache_bytes: int | None = _flag(
@@ -71,10 +74,12 @@ class ServerConfig:
         if not self.model:
             raise ValueError("no model is named: give MODEL, or `model` in the configuration file")
         from pace.engine.loader import check_cache  # heavy, as what else is imported here
+        from pace.speculative import SpeculativeConfig
 
         from .chat.formats import Format, override
 
         check_cache(self.cache, self.block_tokens)
+        SpeculativeConfig.parse(self.speculative)
         override(Format(), self.tool_parser, self.reasoning_parser)
         EngineConfig(**self.limits)
         if self.engines != "auto" and not (self.engines.isdecimal() and int(self.engines) > 0):
@@ -126,10 +131,11 @@ class ServerConfig:
         for name in ("api_key", "cors_origin"):
             if isinstance(given := named.get(name), str | list):
                 named[name] = (given,) if isinstance(given, str) else tuple(given)
-        if isinstance(named.get("ops"), Mapping):
-            import json
+        for name in ("ops", "speculative"):
+            if isinstance(named.get(name), Mapping):
+                import json
 
-            named["ops"] = json.dumps(named["ops"])
+                named[name] = json.dumps(named[name])
         return cls(**named)
 
     def as_dict(self) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def _settings(config: ServerConfig, groups: list[list[Place | None]]) -> NodeSet
         **config.limits,
     }
     count = sum(map(len, groups))
-    return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, progress, config.speculative)
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:

@@ -70,6 +70,8 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     cached_tokens: int
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the last
+    drafted: int = 0
+    accepted: int = 0  # of the drafts
 
 
 class Embedded(msgspec.Struct, tag=True, frozen=True):

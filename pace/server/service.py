@@ -103,6 +103,8 @@ class Exchange:
                     self._see_pieces(number, progress)
                     if progress.finished:
                         self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
+                        if progress.drafted:
+                            self.count(drafted=progress.drafted, accepted=progress.accepted)
                     yield number, progress
         except RequestRefused as error:
             form = isinstance(self.body, Sampled) and self.body.form  # as the client calls it

@@ -181,6 +181,8 @@ def _progress(request: Request) -> Progress:
         request.cached_tokens or 0,
         request.finished,
         list(request.prompt_logprobs) if asked else None,
+        request.metrics.drafted,
+        request.metrics.accepted,
     )
 
 

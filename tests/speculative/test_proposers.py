@@ -10,6 +10,7 @@ import pytest
 from pace import LLM, SamplingParams
 from pace.cache import CACHES, CacheFull
 from pace.engine.loader import load_engine
+from pace.engine.speculation import SpeculationStats
 from pace.errors import ModelError
 from pace.ops import OperatorConfig
 from pace.speculative import PROPOSERS, NGram, Proposer, SpeculativeConfig
@@ -349,7 +350,7 @@ def test_a_proposer_from_outside(directory, monkeypatch):
     assert one.outputs[0].token_ids == other.outputs[0].token_ids
     assert Repeat.made[0].token == 9
     assert one.metrics.drafted == llm.stats().speculation.drafted > 100
-    assert plain.stats().speculation is None
+    assert plain.stats().speculation == SpeculationStats()
     assert other.metrics.mean_accepted_length is None
 
 
