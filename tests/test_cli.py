@@ -472,6 +472,22 @@ def test_ctrl_c_at_the_prompt_leaves(tiny, terminal):
     assert "Traceback" not in chat.seen
 
 
+def test_speculative(tiny):
+    """The same text; the figures tell how many tokens a step brought."""
+    asked = ["generate", tiny, "Hello Hello", "--max-tokens", 40, "--temperature", 1, "--seed", 3]
+    plain = run(*asked)
+    draft = json.dumps({"method": "draft_model", "model": str(tiny), "num_tokens": 4, "adaptive": False})
+    for speculative in (draft, '{"method": "ngram"}'):
+        given = run(*asked, "--speculative", speculative)
+        assert given.exit_code == 0
+        assert given.stdout == plain.stdout
+        assert re.search(r"decode .* \d\.\d(/step| tokens a step)", given.stderr) or speculative != draft
+    for speculative, words in (("{", "it must be such as"), ('{"method": "magic"}', "it must be draft_model, ngram")):
+        refused = run(*asked, "--speculative", speculative)
+        assert refused.exit_code == 2
+        assert words in " ".join(re.sub("[│╭╮╰╯─]", "", refused.stderr).split())
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_figures_fit_the_terminal(tiny, terminal, columns):
     shown = terminal("generate", tiny, "Hello", columns=columns)

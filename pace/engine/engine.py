@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter, abc
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class EngineStats:
     cached_tokens: int  # of those, what the cache had already
     output_tokens: int
     cache: CacheStats
-    speculation: SpeculationStats = SpeculationStats()
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
     @property
     def prefix_hit_rate(self) -> float:
