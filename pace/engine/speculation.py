@@ -46,7 +46,7 @@ class SpeculationStats:
 
 class Speculation:
     def __init__(self, proposer: Proposer, config: SpeculativeConfig, model: Model, cache: KVCache) -> None:
-        self._proposer, self._config, self._cache = proposer, config, cache
+        self.proposer, self._config, self._cache = proposer, config, cache
         self._vocabulary = model.vocabulary
         self._edge = model.stretched_beyond if model.stretched_whole else None
         self._adaptive = Adaptive(config.num_tokens)
@@ -80,7 +80,7 @@ class Speculation:
         }
         if read:
             began = time.perf_counter()
-            self._guarded(lambda: self._proposer.read(list(read), list(read.values())))
+            self._guarded(lambda: self.proposer.read(list(read), list(read.values())))
             self._seconds += time.perf_counter() - began
 
     def observe(
@@ -101,7 +101,7 @@ class Speculation:
     def forget(self, sequence: Sequence) -> None:
         """It has ended, or gave back what it held."""
         self._adaptive.forget(sequence)
-        self._guarded(lambda: self._proposer.forget(sequence))
+        self._guarded(lambda: self.proposer.forget(sequence))
 
     def stats(self) -> SpeculationStats:
         adaptive = self._adaptive
@@ -134,7 +134,7 @@ class Speculation:
 
     def _proposed(self, asked: dict[Sequence, int], decoding: int) -> dict[Sequence, list[int]]:
         began = time.perf_counter()
-        proposed = self._guarded(lambda: self._proposer.propose(list(asked), list(asked.values()))) or []
+        proposed = self._guarded(lambda: self.proposer.propose(list(asked), list(asked.values()))) or []
         self._seconds = time.perf_counter() - began
         self._proposing_seconds += self._seconds
         self._adaptive.observe_proposing(list(asked), decoding, max(asked.values()), self._seconds)

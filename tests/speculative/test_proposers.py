@@ -112,7 +112,7 @@ def test_ngram_reads_nothing_twice():
 def speculator(llm, method, draft, cache="PAGED", capacity=1 << 12, **more):
     """The proposer of an engine."""
     config = {"method": method, "model": "draft"}
-    return make_engine(llm, cache, capacity, None, config, draft, **more).scheduler.speculation._proposer
+    return make_engine(llm, cache, capacity, None, config, draft, **more).scheduler.speculation.proposer
 
 
 class Alone:
@@ -370,7 +370,7 @@ def test_models_are_loaded_and_share_a_budget(directory, pard_directory):
     """As many tokens in one cache as in the other; either model has its own dtype."""
     speculative = {"method": "pard", "model": str(pard_directory), "num_tokens": 40, "adaptive": False}
     engine = load_engine(directory, "float32", 4 << 20, "PAGED", 16, speculative=speculative | {"dtype": "bfloat16"})
-    proposer = engine.scheduler.speculation._proposer
+    proposer = engine.scheduler.speculation.proposer
     assert (str(engine.model.dtype), str(proposer.model.dtype)) == ("float32", "bfloat16")
     target, draft = engine.cache.stats(), proposer.cache.stats()
     assert abs(target.capacity_tokens - draft.capacity_tokens) <= 16

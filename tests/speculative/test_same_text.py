@@ -214,7 +214,7 @@ def test_a_step_that_is_interrupted(llm, alone, speculating, where, monkeypatch)
     requests = [engine.intake.request(*each) for each in ASKED[:9]]
     for request in requests:
         engine.add(request)
-    proposer = engine.scheduler.speculation._proposer
+    proposer = engine.scheduler.speculation.proposer
     models = [llm.model] + ([proposer.model] if hasattr(proposer, "model") else [])
     chances = np.random.default_rng(0)
 
