@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from pace.cache import CacheFull, CacheStats, KVCache
+from pace.cache.base import Ints
 from pace.models import Model
 from pace.ops import OperatorConfig
 from pace.reference.arrays import Array
 
 from .config import EngineConfig
+from .encoder import ImageEncoder
 from .intake import Intake
 from .request import Request
 from .sampler import Sampler
@@ -69,6 +71,7 @@ class Engine:
         self.intake = Intake(model, cache, tokenizer, generation_config or {})
         self.scheduler = Scheduler(cache, self.config)
         self._sampler = Sampler(tokenizer, operators or OperatorConfig())
+        self._images = ImageEncoder(model)
         self._requests = self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._finished: Counter[str] = Counter()
 
@@ -105,12 +108,15 @@ class Engine:
             self._end(request, "cancelled")
 
     def step(self) -> list[Request]:
-        """One forward pass; returns the requests that it brought a token or an end.
+        """One forward pass, and before it at most one image; returns the requests that it brought a token or an end.
 
         A step that raises ends the requests of its batch, with the reason, and the engine goes on. One that is
         interrupted (Ctrl-C) is as if it had not begun.
         """
         try:
+            self.scheduler.admit()
+            if (failed := self._encode_image()) is not None:
+                return [failed]
             batch = self.scheduler.next_batch()
         except CacheFull as error:  # something else holds the cache
             (sequence,) = self.scheduler.running
@@ -152,9 +158,30 @@ class Engine:
 
     # --- a step ---
 
+    def _encode_image(self) -> Request | None:
+        """The first image that is the next of someone who runs, unless it is known. Where that fails, the request has
+        ended, and is returned.
+        """
+        encoded = False
+        for sequence in self.scheduler.running:
+            image = sequence.next_image
+            if image is None or sequence.encoded is not None:
+                continue
+            rows = self._images.known(image.pixels)
+            if rows is None and not encoded:
+                try:
+                    rows, encoded = self._images.encode(image.pixels), True
+                except Exception as error:
+                    logger.exception("an image of request %s can't be encoded", sequence.request.id)
+                    self._end(sequence.request, "error", f"{type(error).__name__}: {error}")
+                    return sequence.request
+            sequence.encoded = None if rows is None else (image, rows)
+        return None
+
     def _advance(self, batch: Batch, told: list[Sequence]) -> None:
         """told: who draws a token, or is embedded; whose prompt turns out to be at fault is added."""
-        hidden, drawing = self.model.forward(batch.tokens, batch.placement, self.cache), batch.drawing
+        seen = {} if batch.placement.spans is None else {"seen": _seen(batch)}
+        hidden, drawing = self.model.forward(batch.tokens, batch.placement, self.cache, **seen), batch.drawing
         told += self._read_prompts(batch, hidden)
         self._steps += 1
         if drawing:
@@ -163,6 +190,8 @@ class Engine:
         self._pool(batch, hidden)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.computed += count
+            if sequence.encoded is not None and sequence.encoded[0].begin < sequence.computed:
+                sequence.encoded = None
 
     def _read_prompts(self, batch: Batch, hidden: Array) -> list[Sequence]:
         """Log-probabilities of the prompts that went through the model, where they are asked for. Returns those that
@@ -234,3 +263,17 @@ class Engine:
         self._prompt_tokens += len(request.prompt_token_ids)
         self._cached_tokens += request.cached_tokens or 0
         self._output_tokens += request.num_output_tokens
+
+
+def _seen(batch: Batch) -> tuple[Ints, Array]:
+    """Which tokens of a batch stand for images, and what they are to the model, for Model.forward."""
+    indices, rows = [], []
+    for sequence, start, count in zip(batch.sequences, batch.placement.starts, batch.counts, strict=False):
+        if sequence.encoded is None:
+            continue
+        image, encoded = sequence.encoded
+        at = image.begin - sequence.computed
+        if at < count:
+            indices.append(np.arange(start + at, start + at + len(encoded), dtype=np.int32))
+            rows.append(encoded)
+    return np.concatenate(indices), np.concatenate(rows)

@@ -8,7 +8,8 @@ last in the order gives back what it holds, and computes it again later: same to
 from bisect import insort
 from collections import abc
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from operator import attrgetter
 
 import numpy as np
@@ -72,35 +73,45 @@ class Scheduler:
                 self.waiting.remove(sequence)
 
     def retire(self, batch: Batch) -> None:
-        """After a step: whoever has ended gives back what it held; the other texts of a request follow its first."""
+        """After a step: whoever has ended gives back what it held, and whoever is to be computed anew waits for it; the
+        other texts of a request follow its first.
+        """
         for sequence in batch.sequences:
             if sequence.index == 0 and (sequence.token_ids or sequence.finish_reason):
                 self.add(sequence.request.followers)
                 sequence.request.followers.clear()
             if sequence.finish_reason is not None:
                 self._release(sequence)
+            elif sequence.outgrown:
+                sequence.begin_anew()
+                self._release(sequence)
+                self.add([sequence])
 
     def take_back(self) -> None:
         """Forget a step that was not brought to its end."""
         for sequence in self.running:
             assert sequence.slot is not None
-            sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
+            sequence.computed = sequence.whole(min(sequence.computed, len(sequence.ids) - 1))
             self.cache.truncate(sequence.slot, sequence.computed)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self.cache.free(sequence.slot)
         self.running.remove(sequence)
-        sequence.slot, sequence.computed = None, 0
+        sequence.slot, sequence.computed, sequence.encoded = None, 0, None
 
     # --- the next batch ---
 
     def next_batch(self) -> Batch | None:
-        """None where there is nothing to do. CacheFull where the one sequence that is left has no room."""
-        self._admit()
+        """Of those who have been let in; None where there is nothing to do. CacheFull where the one sequence that is
+        left has no room.
+        """
         while self.running:
+            sequences, counts, decoding = self._pieces()
+            if not sequences:
+                return None
             try:
-                return self._place(*self._pieces())
+                return self._place(sequences, counts, decoding)
             except CacheFull:
                 if len(self.running) == 1:
                     raise
@@ -111,7 +122,8 @@ class Scheduler:
         """What a batch took, for the policy to learn from."""
         self._chunks.observe(batch.num_decoding, len(batch.tokens) - batch.num_decoding, seconds)
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Let in those who wait, as there is room."""
         while self.waiting:
             sequence = self.waiting[0]
             if self._has_room(sequence):
@@ -137,18 +149,23 @@ class Scheduler:
         if self.cache.tokens_needed(goal) <= room:
             return True
         if self._forks(sequence) and sequence.request.sequences[0] not in gone:
-            return self.cache.tokens_needed(goal, forked_at=sequence.num_prompt - 1) <= room
+            return self.cache.tokens_needed(goal, forked_at=sequence.whole(sequence.num_prompt - 1)) <= room
         # Whose prompt has to go through the model whole begins with nothing that others hold.
         if sequence.request.whole_prompt or (sequence, room) == self._refused:
             return False
-        fits = self.cache.tokens_needed(goal, sequence.ids) <= room
+        fits = self.cache.tokens_needed(goal, sequence.keys) <= room
         self._refused = None if fits else (sequence, room)  # a long prompt is not looked up again at every step
         return fits
 
     def _forks(self, sequence: Sequence) -> bool:
         """Whether it can begin as a fork of its request's first, which has been through the prompt."""
         first = sequence.request.sequences[0]
-        return not sequence.token_ids and first.slot is not None and first.computed >= sequence.num_prompt
+        return (
+            not sequence.token_ids
+            and first.slot is not None
+            and first.computed >= sequence.num_prompt
+            and first.first_length == sequence.first_length
+        )
 
     def _goal(self, sequence: Sequence) -> int:
         """The length for which a sequence must find room before it is let in."""
@@ -177,11 +194,14 @@ class Scheduler:
         if first is not None and self._forks(sequence):
             with suppress(CacheFull):
                 slot = self.cache.fork(first)
-                self.cache.truncate(slot, sequence.num_prompt - 1)
+                self.cache.truncate(slot, sequence.whole(sequence.num_prompt - 1))
                 return slot
         if sequence.request.whole_prompt:
             return self.cache.allocate()
-        return self.cache.allocate(sequence.ids)
+        slot = self.cache.allocate(sequence.keys)
+        if sequence.images:
+            self.cache.truncate(slot, sequence.whole(self.cache.length(slot)))
+        return slot
 
     def _preempt(self) -> None:
         """The last in the order goes back to the queue."""
@@ -192,17 +212,17 @@ class Scheduler:
 
     def _pieces(self) -> tuple[list[Sequence], list[int], int]:
         """Who is in the batch, with how many tokens each; and how many of them decode."""
-        sequences = [sequence for sequence in self.running if sequence.pending == 1]
+        sequences = [sequence for sequence in self.running if sequence.decodes]
         decoding = len(sequences)
         counts = [1] * decoding
         if decoding == len(self.running):
             return sequences, counts, decoding
         left = self._prompt_tokens(decoding)
         for sequence in self.running:
-            if sequence.pending > 1 and left:
+            if left > 0 and not sequence.decodes and (count := sequence.piece(left)):
                 sequences.append(sequence)
-                counts.append(min(sequence.pending, left))
-                left -= counts[-1]
+                counts.append(count)
+                left -= count
         return sequences, counts, decoding
 
     def _prompt_tokens(self, decoding: int) -> int:
@@ -213,6 +233,8 @@ class Scheduler:
         return left
 
     def _place(self, sequences: list[Sequence], counts: list[int], decoding: int) -> Batch:
+        if len(self._tokens) < sum(counts):  # an image goes through whole
+            self._tokens = np.empty(sum(counts), np.int32)
         tokens = self._tokens[: sum(counts)]
         tokens[:decoding] = [sequence.ids[-1] for sequence in sequences[:decoding]]
         ready, at = list(range(decoding)), decoding
@@ -223,5 +245,41 @@ class Scheduler:
             if count == sequence.pending:
                 ready.append(i)
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
-        placement = self.cache.append(slots, counts, tokens)
+        placement = self.cache.append(slots, counts, _keys(sequences, counts, tokens))
+        spans, lengths = _spans(sequences, placement), _text_lengths(sequences, counts, placement)
+        if spans is not None or lengths is not None:
+            placement = replace(placement, spans=spans, text_lengths=lengths)
         return Batch(sequences, counts, decoding, tokens, placement, ready)
+
+
+def _keys(sequences: list[Sequence], counts: list[int], tokens: Ints) -> Ints:
+    """What the cache knows the tokens of a batch by."""
+    if all(sequence.keys is sequence.ids for sequence in sequences):
+        return tokens
+    pieces = (
+        sequence.keys[sequence.computed : sequence.computed + count]
+        for sequence, count in zip(sequences, counts, strict=True)
+    )
+    return np.fromiter(chain.from_iterable(pieces), np.int32, len(tokens))
+
+
+def _spans(sequences: list[Sequence], placement: Placement) -> Ints | None:
+    """The images that tokens belong to, for Placement; None where none does."""
+    spans = None
+    for sequence, (start, end) in zip(sequences, pairwise(placement.starts.tolist()), strict=True):
+        first = start - sequence.computed  # the row of the sequence's first token, were it there
+        for image in sequence.images:
+            if start <= first + image.begin < end:
+                spans = np.zeros((len(placement.positions), 2), np.int32) if spans is None else spans
+                spans[first + image.begin : first + image.end] = image.begin, image.end
+    return spans
+
+
+def _text_lengths(sequences: list[Sequence], counts: list[int], placement: Placement) -> Ints | None:
+    """Of the texts when these tokens were new to them, for Placement; None where all have the usual positions."""
+    stretch = sequences[0].stretch
+    if stretch is None:
+        return None
+    first = np.array([sequence.first_length for sequence in sequences], np.int32)
+    lengths: Ints = np.maximum(first.repeat(counts), placement.positions + 1)
+    return lengths if lengths.max() > stretch.beyond else None

@@ -1,11 +1,15 @@
 """Images on their way into a prompt: what a model that sees wants of them, known without its weights."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
 from pace.reference.arrays import Float
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,19 @@ class ImageProcessor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def pixels(self, image: Image.Image) -> Float:
-        """(3, height, width) float32: resized without regard to its shape (bilinear), rescaled, normalised."""
+    def pixels(self, image: "Image") -> Float:
+        """(3, height, width) float32."""
+        return self.normalised(self.resized(image))
+
+    def resized(self, image: "Image") -> NDArray[np.uint8]:
+        """(height, width, 3): RGB, resized without regard to its shape (bilinear)."""
+        from PIL.Image import Resampling
+
         height, width = self.size
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        values = np.asarray(resized, np.float32) / np.float32(255)
-        normed = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.asarray(image.convert("RGB").resize((width, height), Resampling.BILINEAR))
+
+    def normalised(self, values: NDArray[np.uint8]) -> Float:
+        """(3, height, width) float32 of (height, width, 3): rescaled to 0 … 1, less the mean, by the deviation."""
+        rescaled = values.astype(np.float32) / np.float32(255)
+        normed = (rescaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normed.transpose(2, 0, 1), np.float32)
