@@ -8,7 +8,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pace import LLM, SamplingParams
 from pace.cache import CacheShape
+from pace.engine.engine import Engine
 from pace.models import Model
+from pace.models.images import ImageProcessor
 from tests.models.tiny import llama
 
 SPECIALS = ["<pad>", "<s>", "</s>"]
@@ -87,6 +89,34 @@ class Scripted(Model):
 def scripted(llm: LLM, script):
     """Have an LLM's model replaced by a script for prompts of one token."""
     llm.model = llm.engine.model = Scripted(script, llm.model.dtype)
+    return llm
+
+
+IMAGE = ImageProcessor(
+    placeholder="[image]",
+    expansion="\n" + "<pad>" * 7 + "\n",
+    token="<pad>",
+    token_id=0,
+    tokens_per_image=7,
+    size=(6, 5),
+    mean=(0.5, 0.4, 0.3),
+    std=(0.5, 0.6, 0.7),
+)
+
+
+def give_eyes(llm: LLM):
+    """Have an LLM's model see: each row of an image is a random projection of all its pixels."""
+    hidden = TINY["hidden_size"]
+    eyes = np.random.default_rng(0).standard_normal((3 * 6 * 5, 7 * hidden)).astype(np.float32) / 9
+    llm.model.images, llm.model.encoded = IMAGE, 0
+
+    def encode_images(pixels):
+        assert pixels.shape == (1, 3, 6, 5), pixels.shape
+        llm.model.encoded += 1
+        return (pixels.reshape(1, -1) @ eyes).reshape(1, 7, hidden).astype(llm.model.dtype)
+
+    llm.model.encode_images = encode_images
+    llm.engine = Engine(llm.model, llm.cache, llm.tokenizer, llm.engine.config)
     return llm
 
 

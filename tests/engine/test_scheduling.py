@@ -70,9 +70,13 @@ def seen(request):
 
 @pytest.fixture(scope="module")
 def alone(llm):
-    """What each request gives by itself, in a cache of its own."""
+    return by_themselves(llm, ASKED)
+
+
+def by_themselves(llm, asked):
+    """What each request gives in a cache of its own."""
     found = []
-    for prompt, params in ASKED:
+    for prompt, params in asked:
         engine = make_engine(llm, "DYNAMIC", 1 << 12)
         request = engine.intake.request(prompt, params)
         run(engine, [request])
@@ -120,7 +124,7 @@ CASES = [(name, None) for name in CACHES] + [("SLAB_POOL", True), ("PAGED", Fals
     reserve=st.sampled_from([0, 1, 64]),
 )
 def test_as_if_alone(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
-    life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
+    life(llm, ASKED, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
 
 
 @pytest.mark.slow
@@ -135,10 +139,11 @@ def test_as_if_alone(llm, alone, cache, prefix_caching, arrivals, room, chunk, s
     reserve=st.sampled_from([0, 1, 64]),
 )
 def test_many_lives(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
-    life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
+    life(llm, ASKED, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
 
 
-def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
+def life(llm, asked, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
+    """asked: prompts with their parameters, of which arrivals name some; alone: what each gives by itself."""
     least = make_engine(llm, cache, 1 << 12).cache.tokens_needed(LONGEST)
     engine = make_engine(
         llm, cache, least + 16 * room, prefix_caching, policy=policy, max_batch_tokens=chunk,
@@ -150,7 +155,7 @@ def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, po
     while pending or engine.busy:
         while pending and step >= next_at:
             which, wait, priority, cancelled_after = pending.pop(0)
-            request = engine.intake.request(*ASKED[which], priority=priority)
+            request = engine.intake.request(*asked[which], priority=priority)
             engine.add(request)
             come.append((which, request))
             if cancelled_after is not None:
