@@ -101,8 +101,9 @@ class KVCache(ABC):
     def append(self, sequences: Sequence[int], counts: Sequence[int], tokens: Ints | None = None) -> Placement:
         """Room for counts[i] new tokens of sequences[i], each sequence once. CacheFull where there is none.
 
-        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart,
-        and is for keys that do not follow from these ids and those before alone: of images, of spans.
+        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart.
+        Where keys and values do not follow from these ids and those before alone, as of images, the caller gives
+        numbers from which they do.
         """
 
     @abstractmethod

@@ -100,23 +100,26 @@ def run(engine, requests):
         assert steps < 20000, "it does not end"
 
 
-arrivals = st.lists(
-    st.tuples(
-        st.integers(0, len(ASKED) - 1),  # which
-        st.integers(0, 12),  # steps before the next one comes
-        st.integers(-1, 1),  # priority
-        st.none() | st.integers(0, 25),  # cancelled after so many steps
-    ),
-    min_size=1,
-    max_size=24,
-)
+def arrivals_of(asked):
+    return st.lists(
+        st.tuples(
+            st.integers(0, len(asked) - 1),  # which
+            st.integers(0, 12),  # steps before the next one comes
+            st.integers(-1, 1),  # priority
+            st.none() | st.integers(0, 25),  # cancelled after so many steps
+        ),
+        min_size=1,
+        max_size=24,
+    )
+
+
 CASES = [(name, None) for name in CACHES] + [("SLAB_POOL", True), ("PAGED", False)]
 
 
 @pytest.mark.parametrize(("cache", "prefix_caching"), CASES)
 @settings(max_examples=25, deadline=None)
 @given(
-    arrivals=arrivals,
+    arrivals=arrivals_of(ASKED),
     room=st.integers(0, 6),
     chunk=st.sampled_from([1, 2, 7, 16, 37, 64, 512]) | st.integers(1, 512),
     sequences=st.sampled_from([1, 3, 256]),
@@ -131,7 +134,7 @@ def test_as_if_alone(llm, alone, cache, prefix_caching, arrivals, room, chunk, s
 @pytest.mark.parametrize(("cache", "prefix_caching"), CASES)
 @settings(max_examples=600, deadline=None)
 @given(
-    arrivals=arrivals,
+    arrivals=arrivals_of(ASKED),
     room=st.integers(0, 6),
     chunk=st.integers(1, 512),
     sequences=st.sampled_from([1, 3, 256]),

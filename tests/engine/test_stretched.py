@@ -17,7 +17,7 @@ from pace.ops import OperatorConfig
 from tests.models.parity import longrope
 
 from .fakes import VOCABULARY, greedy, write_model
-from .test_scheduling import CASES, arrivals, by_themselves, life, make_engine, run, seen
+from .test_scheduling import CASES, arrivals_of, by_themselves, life, make_engine, run, seen
 
 TRAINED = 40
 KINDS = {
@@ -58,7 +58,7 @@ def alone(llm):
 @pytest.mark.parametrize(("cache", "prefix_caching"), CASES)
 @settings(max_examples=6, deadline=None)
 @given(
-    arrivals=arrivals,
+    arrivals=arrivals_of(ASKED),
     room=st.integers(0, 6),
     chunk=st.sampled_from([1, 7, 16, 37, 512]),
     sequences=st.sampled_from([1, 3, 256]),
