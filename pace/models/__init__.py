@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from math import prod
+from typing import TYPE_CHECKING
 
 from pace.errors import ModelError
 from pace.ops import OperatorConfig
@@ -14,7 +15,10 @@ from .config import Config
 from .rope import longest_text
 from .weights import Survey, Weights
 
-__all__ = ["MODELS", "Checkpoint", "Model", "load_model", "max_positions", "open_checkpoint"]
+if TYPE_CHECKING:
+    from .images import ImageProcessor
+
+__all__ = ["MODELS", "Checkpoint", "Model", "images_of", "load_model", "max_positions", "open_checkpoint"]
 
 # model_type → the class, in the module of that name.
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -37,6 +41,11 @@ def load_model(
 def max_positions(checkpoint: Checkpoint) -> int:
     """Of the longest text, known without the weights."""
     return longest_text(architecture_of(checkpoint).usual(Config(checkpoint.config)))
+
+
+def images_of(checkpoint: Checkpoint) -> "ImageProcessor | None":
+    """How images come into the prompts of a model that sees, known without the weights; None for the others."""
+    return architecture_of(checkpoint).processor(Config(checkpoint.config))
 
 
 def architecture_of(checkpoint: Checkpoint) -> type[Model]:

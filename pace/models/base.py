@@ -38,6 +38,11 @@ class Model(ABC):
         """The language model's configuration, under the names that most have."""
         return config.text
 
+    @classmethod
+    def processor(cls, config: Config) -> "ImageProcessor | None":
+        """How images come into prompts; None where they don't."""
+        return None
+
     @abstractmethod
     def forward(
         self, tokens: Ints, placement: Placement, cache: KVCache, seen: tuple[Ints, Array] | None = None

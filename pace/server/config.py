@@ -40,6 +40,8 @@ class ServerConfig:
         None, "How it writes its thinking; else as its chat template shows.", "Answers"
     )
     max_texts: int = _flag(64, "Of one request: its prompts times n or best_of.", "Answers")
+    max_images: int = _flag(16, "Of one request.", "Answers")
+    max_image_pixels: int = _flag(1 << 26, "Of an image as it comes; larger ones are refused.", "Answers")
     engines: str = _flag("auto", "How many engine processes; auto: one a NUMA node.", "Machine")
     cores: str | None = _flag(None, 'The CPUs of each engine, such as "0-31;32-63".', "Machine")
     threads: int | None = _flag(None, "Of each engine; else one a core.", "Machine")
@@ -79,8 +81,9 @@ class ServerConfig:
         EngineConfig(**self.limits)
         if self.engines != "auto" and not (self.engines.isdecimal() and int(self.engines) > 0):
             raise ValueError(f"engines is {self.engines!r}; it must be a number, or auto")
-        for name in ("port", "max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "drain_seconds"):
-            if getattr(self, name) < (0 if name in ("port", "drain_seconds") else 1):
+        counts = ("max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "max_images", "max_image_pixels")
+        for name in ("port", "drain_seconds", *counts):
+            if getattr(self, name) < (1 if name in counts else 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("request_seconds", "stall_seconds"):
             if not getattr(self, name) > 0:

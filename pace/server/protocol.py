@@ -15,12 +15,15 @@ from pace.engine.structured import StructuredOutputsParams
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
-    """`params` are SamplingParams' fields, those that are not its defaults."""
+    """`params` are SamplingParams' fields, those that are not its defaults. images: the values of Pixels, as bytes, so
+    that nothing of a file can go wrong in an engine.
+    """
 
     id: str
     prompt: list[int]
     params: dict[str, Any]
     priority: int = 0
+    images: list[bytes] = []
 
 
 class Embed(msgspec.Struct, tag=True, frozen=True):

@@ -10,8 +10,9 @@ from pace import LLM, SamplingParams
 from pace.cache import CacheShape
 from pace.engine.engine import Engine
 from pace.models import Model
-from pace.models.images import ImageProcessor
 from tests.models.tiny import llama
+
+from .eyes import IMAGE, Eyes
 
 SPECIALS = ["<pad>", "<s>", "</s>"]
 BOS, EOS = 1, 2
@@ -92,28 +93,14 @@ def scripted(llm: LLM, script):
     return llm
 
 
-IMAGE = ImageProcessor(
-    placeholder="[image]",
-    expansion="\n" + "<pad>" * 7 + "\n",
-    token="<pad>",
-    token_id=0,
-    tokens_per_image=7,
-    size=(6, 5),
-    mean=(0.5, 0.4, 0.3),
-    std=(0.5, 0.6, 0.7),
-)
-
-
 def give_eyes(llm: LLM):
-    """Have an LLM's model see: each row of an image is a random projection of all its pixels."""
-    hidden = TINY["hidden_size"]
-    eyes = np.random.default_rng(0).standard_normal((3 * 6 * 5, 7 * hidden)).astype(np.float32) / 9
+    """Have an LLM's model see, and count what it encodes."""
+    eyes = Eyes(TINY["hidden_size"], llm.model.dtype)
     llm.model.images, llm.model.encoded = IMAGE, 0
 
     def encode_images(pixels):
-        assert pixels.shape == (1, 3, 6, 5), pixels.shape
         llm.model.encoded += 1
-        return (pixels.reshape(1, -1) @ eyes).reshape(1, 7, hidden).astype(llm.model.dtype)
+        return eyes(pixels)
 
     llm.model.encode_images = encode_images
     llm.engine = Engine(llm.model, llm.cache, llm.tokenizer, llm.engine.config)

@@ -20,7 +20,8 @@ from pace.engine.images import Pixels, read
 from pace.engine.pooling import PoolingParams
 from pace.ops import OperatorConfig
 
-from .fakes import IMAGE, VOCABULARY, byte_tokens, give_eyes, greedy, write_model
+from .eyes import IMAGE
+from .fakes import VOCABULARY, byte_tokens, give_eyes, greedy, write_model
 from .test_scheduling import CASES, arrivals_of, by_themselves, life, make_engine, run, seen
 
 SOFT = [IMAGE.token_id] * IMAGE.tokens_per_image
