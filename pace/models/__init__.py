@@ -2,7 +2,6 @@
 
 from importlib import import_module
 from math import prod
-from typing import TYPE_CHECKING
 
 from pace.errors import ModelError
 from pace.ops import OperatorConfig
@@ -12,11 +11,9 @@ from pace.reference.arrays import bfloat16, float32
 from .base import Model
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import Config
+from .images import ImageProcessor
 from .rope import longest_text
 from .weights import Survey, Weights
-
-if TYPE_CHECKING:
-    from .images import ImageProcessor
 
 __all__ = ["MODELS", "Checkpoint", "Model", "images_of", "load_model", "max_positions", "open_checkpoint"]
 
@@ -43,8 +40,8 @@ def max_positions(checkpoint: Checkpoint) -> int:
     return longest_text(architecture_of(checkpoint).usual(Config(checkpoint.config)))
 
 
-def images_of(checkpoint: Checkpoint) -> "ImageProcessor | None":
-    """How images come into the prompts of a model that sees, known without the weights; None for the others."""
+def images_of(checkpoint: Checkpoint) -> ImageProcessor | None:
+    """What the model wants of images, known without the weights; None where it takes none."""
     return architecture_of(checkpoint).processor(Config(checkpoint.config))
 
 

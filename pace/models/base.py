@@ -40,7 +40,7 @@ class Model(ABC):
 
     @classmethod
     def processor(cls, config: Config) -> "ImageProcessor | None":
-        """How images come into prompts; None where they don't."""
+        """What it wants of images; None where it takes none."""
         return None
 
     @abstractmethod

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from pace.reference.arrays import Float
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+if TYPE_CHECKING:  # who has an image has Pillow; who has none may lack it
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class ImageProcessor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def pixels(self, image: "Image") -> Float:
-        """(3, height, width) float32."""
+    def pixels(self, image: "Image.Image") -> Float:
+        """(3, height, width) float32: the bits of transformers' processors that use Pillow."""
         return self.normalised(self.resized(image))
 
-    def resized(self, image: "Image") -> NDArray[np.uint8]:
+    def resized(self, image: "Image.Image") -> NDArray[np.uint8]:
         """(height, width, 3): RGB, resized without regard to its shape (bilinear)."""
         from PIL.Image import Resampling
 
@@ -42,6 +42,6 @@ class ImageProcessor:
 
     def normalised(self, values: NDArray[np.uint8]) -> Float:
         """(3, height, width) float32 of (height, width, 3): rescaled to 0 … 1, less the mean, by the deviation."""
-        rescaled = values.astype(np.float32) / np.float32(255)
+        rescaled = (values.astype(np.float64) * (1 / 255)).astype(np.float32)
         normed = (rescaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normed.transpose(2, 0, 1), np.float32)

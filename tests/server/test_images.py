@@ -94,8 +94,8 @@ def test_a_chat_is_tokenized_with_its_images(seeing):
 
 def test_eyes_that_fail(seeing):
     """In the engine, for this request; the next is answered."""
-    dark = part(url_of(Image.new("RGB", (9, 9))))
-    refused(seeing.post(CHAT, messages=asking(dark, TEXT), **GREEDY), 500, "RuntimeError: it is dark")
+    white = part(url_of(Image.new("RGB", (9, 9), (255, 255, 255))))
+    refused(seeing.post(CHAT, messages=asking(white, TEXT), **GREEDY), 500, "RuntimeError: it is too bright")
     assert seeing.post(CHAT, messages=asking(part(url_of(picture(0)))), **GREEDY).status_code == 200
 
 
@@ -143,7 +143,7 @@ def test_images_count_in_the_queue(seeing):
     large, small = part(url_of(picture(0, (300, 300)))), part(url_of(picture(0)))
     assert len(large["image_url"]["url"]) > 4 * 60
     text = {"type": "text", "text": "a" * 4 * 45}
-    with seeing.busy(), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, seeing.busy():
         refused(seeing.post(CHAT, messages=asking(small, small, text), **GREEDY), 429, "max_waiting_tokens is 60")
         waits = pool.submit(seeing.post, CHAT, messages=asking(large, text), **GREEDY)
         while "pace_requests_waiting 2.0" not in seeing.client.get("/metrics").text:

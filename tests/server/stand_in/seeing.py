@@ -1,4 +1,4 @@
-"""A llama that sees. An image that is black from end to end is more than it can bear."""
+"""A llama that sees. An image that is white from end to end is more than it can bear."""
 
 import numpy as np
 
@@ -14,6 +14,6 @@ class Seeing(Llama):
         return IMAGE
 
     def encode_images(self, pixels):
-        if (pixels == IMAGE.normalised(np.zeros((6, 5, 3), np.uint8))).all():
-            raise RuntimeError("it is dark")
+        if (pixels == IMAGE.normalised(np.full((6, 5, 3), 255, np.uint8))).all():
+            raise RuntimeError("it is too bright")
         return Eyes(72, self.dtype)(pixels)
