@@ -14,6 +14,7 @@ from PIL import Image
 
 from pace import LLM, SamplingParams
 from pace.cache import CACHES
+from pace.cli.chat import Chat
 from pace.engine import images
 from pace.engine.async_engine import AsyncEngine
 from pace.engine.images import Pixels, read
@@ -320,6 +321,26 @@ def test_async_with_images(llm):
             return texts, output.usage.prompt_tokens
 
     assert asyncio.run(life()) == ([expected] * 2, len("user: \n\n") + 7)
+
+
+def test_pace_chat_about_an_image(llm, directory, tmp_path, capsys):
+    """It goes with the next message; what can't be taken is said, and the chat goes on."""
+    (tmp_path / "image.png").write_bytes(saved(picture()))
+    chat = Chat(llm, greedy(max_tokens=3, ignore_eos=True), stats=False)
+    chat._command("/image", "no-image.png")
+    assert "No such file" in capsys.readouterr().err
+    chat._command("/image", f" {tmp_path / 'image.png'} ")
+    chat._turn("What?")
+    chat._turn("And now?")
+    first, answer, second, _ = chat.messages
+    assert [part["type"] for part in first["content"]] == ["image", "text"]
+    assert second["content"] == "And now?"
+    expected = llm.chat([first], greedy(max_tokens=3, ignore_eos=True))[0].outputs[0].text
+    assert (answer["content"], chat.images) == (expected, [])
+    plain = LLM(directory, kv_cache_bytes=4 << 20)
+    plain.tokenizer.chat_templates["default"] = "{{ messages[0].content }}"
+    Chat(plain, greedy())._command("/image", str(tmp_path / "image.png"))
+    assert "the model takes text, and no images" in capsys.readouterr().err
 
 
 ONE = [pixels(0)]
