@@ -164,7 +164,7 @@ class Engine:
         """
         encoded = False
         for sequence in self.scheduler.running:
-            image = sequence.next_image
+            image = sequence.next_image if sequence.images else None
             if image is None or sequence.encoded is not None:
                 continue
             rows = self._images.known(image.pixels)

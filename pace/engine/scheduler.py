@@ -265,6 +265,8 @@ def _keys(sequences: list[Sequence], counts: list[int], tokens: Ints) -> Ints:
 
 def _spans(sequences: list[Sequence], placement: Placement) -> Ints | None:
     """The images that tokens belong to, for Placement; None where none does."""
+    if not any(sequence.images for sequence in sequences):
+        return None
     spans = None
     for sequence, (start, end) in zip(sequences, pairwise(placement.starts.tolist()), strict=True):
         first = start - sequence.computed  # the row of the sequence's first token, were it there
