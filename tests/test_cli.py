@@ -544,7 +544,7 @@ def test_pull(monkeypatch, tmp_path):
     wrong = run("pull", "gpt-9")
     assert (wrong.exit_code, wrong.stderr) == (
         1,
-        "pace: no model 'gpt-9' in the catalogue: it has smollm2\n",
+        "pace: no model 'gpt-9' in the catalogue: it has smollm2, gemma3-270m\n",
     )
     assert run("pull").exit_code == 2
     absent = run("generate", "smollm2", "Hi")

