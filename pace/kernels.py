@@ -13,6 +13,7 @@ from . import isa
 Operation = Callable[..., Any]
 
 OPERATIONS = (
+    "activate",
     "add_layer_norm",
     "add_rms_norm",
     "attend",
@@ -27,6 +28,7 @@ OPERATIONS = (
     "rope",
     "route",
     "sample",
+    "softmax",
     "store_kv",
 )
 
@@ -43,6 +45,7 @@ def native(name: str) -> Operation:
 
 _form = reference if isa.RUNG == "reference" else native
 
+activate = _form("activate")
 add_layer_norm = _form("add_layer_norm")
 add_rms_norm = _form("add_rms_norm")
 attend = _form("attend")
@@ -57,4 +60,5 @@ rms_norm = _form("rms_norm")
 rope = _form("rope")
 route = _form("route")
 sample = _form("sample")
+softmax = _form("softmax")
 store_kv = _form("store_kv")

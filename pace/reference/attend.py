@@ -1,5 +1,6 @@
 """Attention of new tokens over the cache: grouped queries, paged keys and values, a ragged batch."""
 
+from collections.abc import Iterator
 from operator import index
 
 import numpy as np
@@ -65,6 +66,25 @@ def attend(
             f"out has shape {out.shape} and dtype {out.dtype}; it must be {q.shape}, {q.dtype}, contiguous"
         )
     check_writeable(out, "out")
+    for queries, keys, values, mask in gathered(
+        k_blocks, v_blocks, block_tables, query_starts, kv_lengths, window, spans
+    ):
+        out[queries] = attend_one(q[queries], keys, values, mask, scale, sinks, softcap)
+    return out
+
+
+def gathered(
+    k_blocks: Array,
+    v_blocks: Array,
+    block_tables: Array,
+    query_starts: Array,
+    kv_lengths: Array,
+    window: int | None,
+    spans: Array | None,
+) -> Iterator[tuple[slice, Float, Float, Array]]:
+    """Of each sequence that has queries: which they are; keys and values that any of them sees, (seen, kv_heads,
+    head_dim); and which of these each sees, (count, seen).
+    """
     for s, length in enumerate(kv_lengths.tolist()):
         queries = slice(int(query_starts[s]), int(query_starts[s + 1]))
         count = queries.stop - queries.start
@@ -74,8 +94,7 @@ def attend(
         with MASKS.mask(length - count, count, length, window, span) as mask:
             seen = np.flatnonzero(mask.any(axis=0))
             keys, values = gather(k_blocks, v_blocks, block_tables[s], seen)
-            out[queries] = attend_one(q[queries], keys, values, mask[:, seen], scale, sinks, softcap)
-    return out
+            yield queries, keys, values, mask[:, seen]
 
 
 def attend_one(

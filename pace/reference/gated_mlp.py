@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from .activate import activated
 from .arrays import Array, check_vector, f32, output_rows
-from .linear import activate, check_product
+from .linear import check_product
 from .pack_linear import PackedLinear, unpack_linear
 
 
@@ -26,5 +27,5 @@ def gated_mlp(
         check_vector(bias, "bias", 2 * weight.out_features, np.float32)
         gate, up = gate + bias[: weight.out_features], up + bias[weight.out_features :]
     result = output_rows(out, x.shape[0], weight.out_features, x.dtype)
-    result[...] = activate(gate, activation) * up
+    result[...] = activated(gate, activation) * up
     return result

@@ -3,11 +3,10 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .activate import activated, check_operand
 from .arrays import (
     Array,
-    Float,
     bfloat16,
-    check_dtype,
     check_float,
     check_rows,
     check_vector,
@@ -16,8 +15,6 @@ from .arrays import (
     output_rows,
 )
 from .pack_linear import PackedLinear, unpack_linear
-
-ACTIVATIONS = ("relu", "gelu_erf", "gelu_tanh", "silu")
 
 
 def linear(
@@ -51,7 +48,7 @@ def linear(
     if bias is not None:
         check_vector(bias, "bias", weight.out_features, np.float32)
         y = y + bias
-    y = activate(y, activation)
+    y = activated(y, activation)
     if multiply is not None:
         check_operand(multiply, "multiply", shape, dtype)
         y = y * f32(multiply)
@@ -70,41 +67,3 @@ def check_product(x: Array, weight: PackedLinear, gated: bool) -> None:
         raise TypeError(f"x has dtype {x.dtype}; it must be {weight.dtype}, as the weight")
     if weight.gated != gated:
         raise ValueError("weight is gated; use gated_mlp" if weight.gated else "weight is not gated; use linear")
-
-
-def check_operand(array: Array, name: str, shape: tuple[int, int], dtype: DTypeLike) -> None:
-    check_dtype(array, name, dtype)
-    check_rows(array, name, shape[1])
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
-
-
-def activate(x: Float, name: str | None) -> Float:
-    """The activation of that name, of float32; None leaves x as it is."""
-    match name:
-        case None:
-            return x
-        case "relu":
-            return np.maximum(x, np.float32(0))
-        case "silu":  # Elfwing et al. (2017): x · sigmoid(x)
-            return x * sigmoid(x)
-        case "gelu_erf":  # Hendrycks and Gimpel (2016)
-            return np.float32(0.5) * x * (1 + erf(x * np.float32(0.5**0.5)))
-        case "gelu_tanh":  # their approximation
-            inner = np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3)
-            return np.float32(0.5) * x * (1 + f32(np.tanh(inner)))
-    raise ValueError(f"activation is {name!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
-
-
-def sigmoid(x: Float) -> Float:
-    with np.errstate(over="ignore"):  # e^-x is infinite where the sigmoid is 0
-        y: Float = np.reciprocal(1 + np.exp(-x))
-    return y
-
-
-def erf(x: Float) -> Float:
-    """The error function, within 1.5e-7: Abramowitz and Stegun, 7.1.26, in float64."""
-    t = 1 / (1 + 0.3275911 * np.abs(x.astype(np.float64)))
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    magnitude = 1 - series * np.exp(-(x.astype(np.float64) ** 2))
-    return (np.sign(x) * magnitude).astype(np.float32)

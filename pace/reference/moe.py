@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from .activate import sigmoid
 from .arrays import Array, Float, check_float, check_rows, check_type, f32, output_rows
-from .linear import sigmoid
 from .pack_experts import MXFP4, PackedExperts, unpack_experts
 
 
@@ -55,8 +55,8 @@ def moe(
         answer = f32(inner.astype(x.dtype)) @ unpack_experts(down, expert).T
         answers[token, rank] = answer if down_bias is None else answer + down_bias[expert]
     total = np.zeros((len(x), down.out_features), np.float32)
-    for rank in range(chosen.shape[1]):
-        total += weights[:, rank, None] * answers[:, rank]
+    for place in range(chosen.shape[1]):
+        total += weights[:, place, None] * answers[:, place]
     result[...] = total
     return result
 

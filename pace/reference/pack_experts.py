@@ -167,8 +167,10 @@ def unpack_experts(weight: PackedExperts, expert: int) -> Float:
     words = np.ascontiguousarray(panels[:, :, 1:]).view("<u4").reshape(count, blocks, 4, PANEL, 1)
     values = E2M1[words >> _SHIFTS & 15]  # (panels, blocks, 4, 16 rows, 8)
     scales = np.ldexp(f32(np.ones(1)), panels[:, :, 0].astype(np.int32) - 127)  # (panels, blocks, 16 rows)
-    rows = (values * scales[:, :, None, :, None]).transpose(0, 3, 1, 2, 4).reshape(count, PANEL, weight.in_features)
+    rows: Float = (
+        (values * scales[:, :, None, :, None]).transpose(0, 3, 1, 2, 4).reshape(count, PANEL, weight.in_features)
+    )
     if not weight.gated:
         return rows.reshape(count * PANEL, weight.in_features)[: weight.out_features]
-    halves = rows.reshape(count // 2, 2, PANEL, weight.in_features).transpose(1, 0, 2, 3)
+    halves: Float = rows.reshape(count // 2, 2, PANEL, weight.in_features).transpose(1, 0, 2, 3)
     return halves.reshape(2, count // 2 * PANEL, weight.in_features)[:, : weight.out_features]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pace.kernels import reference
-from pace.reference.linear import ACTIVATIONS
+from pace.reference.activate import ACTIVATIONS
 from pace.reference.pack_linear import PackedLinear
 
 from .arrays import BF16, F32, KINDS, Guarded, assert_close, assert_same_refusal, draw, rng, threads

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pace.kernels import reference
-from pace.reference.linear import ACTIVATIONS, erf
+from pace.reference.activate import ACTIVATIONS, erf
 
 from .arrays import (
     BF16,

@@ -2,7 +2,9 @@
 
 cimport numpy as cnp
 
-from pace._kernels.linear.linear cimport linear_args, run_product, set_activation, set_bias, set_weight, set_x
+from pace._kernels.linear.linear cimport (
+    Brgemm, linear_args, run_product, set_activation, set_bias, set_brgemm, set_weight, set_x,
+)
 from pace._kernels.runtime cimport output_rows, pace_worker
 
 cnp.import_array()
@@ -15,9 +17,15 @@ cdef pace_worker[2] WORKERS = [gated_mlp_avx2, gated_mlp_avx512]
 
 
 def gated_mlp(cnp.ndarray x not None, weight, cnp.ndarray bias=None, str activation="silu", out=None):
+    return gated_mlp_by(None, x, weight, bias, activation, out)
+
+
+def gated_mlp_by(Brgemm made, cnp.ndarray x not None, weight, cnp.ndarray bias=None, str activation="silu", out=None):
+    """As gated_mlp; with kernels that are not ours, where `made` has them."""
     cdef linear_args args
     set_weight(&args, weight, True)
     set_x(&args, x, weight)
+    set_brgemm(&args, made)
     args.out_kind = args.kind
     set_bias(&args, bias, 2 * args.out_features)
     set_activation(&args, activation)

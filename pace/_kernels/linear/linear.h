@@ -2,7 +2,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum activation { NONE, RELU, GELU_ERF, GELU_TANH, SILU };
+#include "linear/brgemm.h"
 
 struct linear_args {
     const void *x;
@@ -11,7 +11,8 @@ struct linear_args {
     const uint32_t *panels;
     size_t num_panels;
     size_t rows, in_features, out_features;
-    int kind; // of x and of the panels
+    int kind;                    // of x and of the panels
+    const struct brgemm *brgemm; // in place of our tiles, where there is one: takes x as it is
 
     const float *bias;
     int activation;

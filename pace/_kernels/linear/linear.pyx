@@ -3,7 +3,7 @@
 import numpy as np
 
 from pace.reference.arrays import bfloat16, float32
-from pace.reference.linear import ACTIVATIONS
+from pace.reference.activate import ACTIVATIONS
 from pace.reference.pack_linear import PackedLinear
 
 from libc.stdlib cimport free, malloc
@@ -24,6 +24,34 @@ cdef pace_worker[2] ARRANGE = [linear_arrange_avx2, linear_arrange_avx512]
 cdef pace_worker[2] WORKERS = [linear_avx2, linear_avx512]
 cdef size_t ROWS_PER_PIECE = 24
 cdef dict ACTIVATION_NUMBERS = {None: 0} | {name: i + 1 for i, name in enumerate(ACTIVATIONS)}
+
+
+ROWS_PER_KERNEL = ROWS_PER_BLOCK  # of a Brgemm, at most
+
+
+cdef class Brgemm:
+    def __init__(self, size_t rows, size_t x_stride, int api, unsigned long long count, size_t panel_bytes,
+                 size_t x_bytes, blocks, left):
+        """rows of x, x_stride bytes apart. api: 1 or 2, of libxsmm. count: blocks of features, which are panel_bytes of
+        a panel and x_bytes of a row. blocks, left: addresses of the kernels for those and for what is left of the
+        features; each of ROWS_PER_KERNEL rows, and of the rows after; 0 where there is nothing to do.
+        """
+        self.rows, self.x_stride = rows, x_stride
+        self.kernels.api, self.kernels.count = api, count
+        self.kernels.panel_bytes, self.kernels.x_bytes = panel_bytes, x_bytes
+        for i in range(2):
+            self.kernels.blocks[i] = <const void *><size_t>blocks[i]
+            self.kernels.left[i] = <const void *><size_t>left[i]
+
+
+cdef int set_brgemm(linear_args *args, Brgemm made) except -1:
+    """After x is set."""
+    if made is not None:
+        if args.rows != made.rows or args.x_stride != made.x_stride:
+            raise ValueError(f"x has {args.rows} rows, {args.x_stride} bytes apart; the kernels are for "
+                             f"{made.rows}, {made.x_stride} bytes apart")
+        args.brgemm = &made.kernels
+    return 0
 
 
 cdef int set_weight(linear_args *args, object weight, bint gated) except -1:
@@ -83,13 +111,17 @@ cdef const void *operand(cnp.ndarray array, str name, linear_args *args, size_t 
 cdef int run_product(const pace_worker *workers, linear_args *args) except -1:
     """Arrange x for the tiles, then multiply."""
     cdef size_t blocks = (args.rows + ROWS_PER_BLOCK - 1) // ROWS_PER_BLOCK
+    cdef size_t items = blocks * ((args.num_panels + 1) // 2)
+    if args.brgemm != NULL:
+        run(workers, args, items, 1, 0)
+        return 0
     # Four bytes an element is the most that any rung wants; a pair of bfloat16 may be two float32.
     args.a = <unsigned *>malloc(args.rows * (args.in_features + 1) * 4)
     if args.a == NULL:
         raise MemoryError(f"no memory to arrange x of shape {(args.rows, args.in_features)}")
     try:
         run(ARRANGE, args, args.rows, ROWS_PER_PIECE, 0)
-        run(workers, args, blocks * ((args.num_panels + 1) // 2), 1, 0)
+        run(workers, args, items, 1, 0)
     finally:
         free(args.a)
     return 0
@@ -97,9 +129,16 @@ cdef int run_product(const pace_worker *workers, linear_args *args) except -1:
 
 def linear(cnp.ndarray x not None, weight, cnp.ndarray bias=None, str activation=None, cnp.ndarray multiply=None,
            cnp.ndarray residual=None, out_dtype=None, out=None):
+    return linear_by(None, x, weight, bias, activation, multiply, residual, out_dtype, out)
+
+
+def linear_by(Brgemm made, cnp.ndarray x not None, weight, cnp.ndarray bias=None, str activation=None,
+              cnp.ndarray multiply=None, cnp.ndarray residual=None, out_dtype=None, out=None):
+    """As linear; with kernels that are not ours, where `made` has them."""
     cdef linear_args args
     set_weight(&args, weight, False)
     set_x(&args, x, weight)
+    set_brgemm(&args, made)
     args.out_kind = args.kind
     if out_dtype is not None:
         dtype = np.dtype(out_dtype)

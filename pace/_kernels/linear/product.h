@@ -2,43 +2,10 @@
 // sums.
 #pragma once
 #include "linear/linear.h"
-#include "simd/math.h"
+#include "simd/activation.h"
 #include "simd/tile.h"
 
 enum { PAIR_COLUMNS = 32 };
-
-// x / (1 + e^-x)
-INLINE __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid_ps(x)); }
-
-// x/2 · (1 + erf(x/√2)), Hendrycks and Gimpel (2016)
-INLINE __m512 gelu_erf(__m512 x) {
-    const __m512 erf = erf_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
-    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(.5f));
-    return _mm512_fmadd_ps(half, erf, half);
-}
-
-// its approximation x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))
-INLINE __m512 gelu_tanh(__m512 x) {
-    const __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(0.044715f)));
-    const __m512 tanh = tanh_ps(_mm512_mul_ps(_mm512_add_ps(x, cubic), _mm512_set1_ps(0.79788456f)));
-    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(.5f));
-    return _mm512_fmadd_ps(half, tanh, half);
-}
-
-INLINE __m512 activate(enum activation activation, __m512 x) {
-    switch (activation) {
-    case RELU:
-        return _mm512_max_ps(_mm512_setzero_ps(), x); // the operand order keeps a NaN
-    case GELU_ERF:
-        return gelu_erf(x);
-    case GELU_TANH:
-        return gelu_tanh(x);
-    case SILU:
-        return silu(x);
-    default:
-        return x;
-    }
-}
 
 // sums (rows, 32) of one tile of rows and the panels 2·pair and 2·pair + 1.
 INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_row, size_t rows, size_t pair,
@@ -53,13 +20,14 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
         .b_step = 16,
         .b_panel = words * 16,
         .num_words = words,
+        .ahead = WEIGHTS_AHEAD / TILE_PANELS,
     };
     if (TILE_PANELS == 2 && panels == 2) {
-        sum_tile(kind, true, false, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
+        sum_tile(kind, true, true, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
         return;
     }
     for (size_t p = 0; p < panels; p++, t.b += t.b_panel)
-        sum_tile(kind, true, false, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
+        sum_tile(kind, true, true, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
 }
 
 // sums (64) of the only row and up to four panels. A row at decode is bound by memory.
@@ -72,12 +40,13 @@ INLINE void sum_one_row(enum kind kind, const struct linear_args *a, size_t pair
         .b_step = 16,
         .b_panel = words * 16,
         .num_words = words,
+        .ahead = WEIGHTS_AHEAD / ONE_ROW_PANELS,
     };
     if (panels == ONE_ROW_PANELS) {
-        sum_tile_of(kind, true, false, 1, ONE_ROW_PANELS, &t, sums, 0);
+        sum_tile_of(kind, true, true, 1, ONE_ROW_PANELS, &t, sums, 0);
         return;
     }
-    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) sum_tile_of(kind, true, false, 1, 1, &t, sums + 16 * p, 0);
+    for (size_t p = 0; p < panels; p++, t.b += t.b_panel) sum_tile_of(kind, true, true, 1, 1, &t, sums + 16 * p, 0);
 }
 
 typedef void finish_row(const struct linear_args *a, size_t row, size_t pair, const float *sums);
@@ -96,7 +65,24 @@ INLINE void product_of_one_row(const struct linear_args *a, size_t begin, size_t
     }
 }
 
+INLINE void product_by_brgemm(const struct linear_args *a, size_t begin, size_t end, finish_row *finish) {
+    const size_t pairs = (a->num_panels + 1) / 2, words = words_of(a->kind, a->in_features);
+    float sums[ROWS_PER_BLOCK * PAIR_COLUMNS] __attribute__((aligned(64)));
+    for (size_t item = begin; item < end; item++) {
+        const size_t pair = item % pairs, first = item / pairs * ROWS_PER_BLOCK, left = a->rows - first;
+        const size_t rows = left < ROWS_PER_BLOCK ? left : ROWS_PER_BLOCK;
+        for (size_t p = 0; p < 2 && 2 * pair + p < a->num_panels; p++)
+            brgemm(a->brgemm, rows == ROWS_PER_BLOCK, a->panels + (2 * pair + p) * words * 16,
+                   (const char *)a->x + first * a->x_stride, sums + 16 * p);
+        for (size_t r = 0; r < rows; r++) finish(a, first + r, pair, sums + r * PAIR_COLUMNS);
+    }
+}
+
 INLINE void product(const struct linear_args *a, size_t begin, size_t end, finish_row *finish) {
+    if (a->brgemm) {
+        product_by_brgemm(a, begin, end, finish);
+        return;
+    }
     if (a->rows == 1) {
         product_of_one_row(a, begin, end, finish);
         return;

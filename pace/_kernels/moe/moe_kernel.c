@@ -42,13 +42,13 @@ void RUNG_NAME(moe_arrange)(const void *args, size_t begin, size_t end, void *sc
 }
 
 // sums (rows of the unit, 64) += the product with `t`'s words of up to four panels; their first is word `a_first` of a.
-INLINE void add_tiles(enum kind kind, const struct moe_unit *unit, const word *a, size_t a_words, size_t a_first,
-                      size_t panels, struct tile t, float *sums) {
+INLINE void add_tiles(enum kind kind, const bool FETCH, const struct moe_unit *unit, const word *a, size_t a_words,
+                      size_t a_first, size_t panels, struct tile t, float *sums) {
     t.a_row = 1;
     if (unit->rows == 1 && panels == ONE_ROW_PANELS) {
         t.a = a + unit->first * a_words + a_first;
         t.a_step = 1;
-        sum_tile_of(kind, false, false, 1, ONE_ROW_PANELS, &t, sums, 0);
+        sum_tile_of(kind, false, FETCH, 1, ONE_ROW_PANELS, &t, sums, 0);
         return;
     }
     for (size_t p = 0; p < panels;) {
@@ -59,9 +59,9 @@ INLINE void add_tiles(enum kind kind, const struct moe_unit *unit, const word *a
             t.a = a + tile.tile_word + a_first * tile.tile_rows;
             t.a_step = tile.tile_rows;
             if (together == TILE_PANELS)
-                sum_tile(kind, false, false, tile.tile_rows, TILE_PANELS, &t, to, ITEM_COLUMNS);
+                sum_tile(kind, false, FETCH, tile.tile_rows, TILE_PANELS, &t, to, ITEM_COLUMNS);
             else
-                sum_tile(kind, false, false, tile.tile_rows, 1, &t, to, ITEM_COLUMNS);
+                sum_tile(kind, false, FETCH, tile.tile_rows, 1, &t, to, ITEM_COLUMNS);
         }
         t.b += together * t.b_panel;
         p += together;
@@ -99,7 +99,8 @@ INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const st
         t.b = (const word *)from;
         t.num_words = words_of(kind, w->in_features);
         t.b_panel = t.num_words * 16;
-        add_tiles(kind, unit, a, a_words, 0, panels, t, sums);
+        t.ahead = WEIGHTS_AHEAD / (unit->rows == 1 ? ONE_ROW_PANELS : TILE_PANELS);
+        add_tiles(kind, true, unit, a, a_words, 0, panels, t, sums);
         return;
     }
     const size_t num_blocks = w->in_features / MXFP4_BLOCK;
@@ -115,12 +116,12 @@ INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const st
             unpack_blocks(kind, from + p * w->panel_bytes + block * MXFP4_BLOCK_BYTES, blocks,
                           unpacked + p * t.b_panel);
         t.num_words = words_of(kind, blocks * MXFP4_BLOCK);
-        add_tiles(kind, unit, a, a_words, a_words_of(kind, block * MXFP4_BLOCK), panels, t, sums);
+        add_tiles(kind, false, unit, a, a_words, a_words_of(kind, block * MXFP4_BLOCK), panels, t, sums);
     }
 }
 
 APART void product_of_any(const struct moe_args *a, const struct moe_weight *w, const struct moe_unit *unit,
-                           const word *rows, size_t first_panel, word *unpacked, float *sums) {
+                          const word *rows, size_t first_panel, word *unpacked, float *sums) {
     if (a->kind == BF16)
         product_of_item(BF16, w, unit, rows, first_panel, unpacked, sums);
     else

@@ -19,8 +19,9 @@ typedef __m256 vector;
 #endif
 enum { LANES = sizeof(vector) / sizeof(float), LOADS = 8 };
 
-// Stretches of memory that a thread reads side by side: 31.6 GB/s of one Zen 4 core where one gives 26.5.
-enum { STREAMS = 4 };
+// Stretches of memory that a thread reads side by side (31.6 GB/s of one Zen 4 core where one gives 26.5), and bytes that
+// are asked for before they are read (37 GB/s of two Xeon cores where 35 come without).
+enum { STREAMS = 4, AHEAD = 2048 };
 
 #define EACH(j, n) _Pragma("GCC unroll 16") for (int j = 0; j < (n); j++)
 
@@ -45,6 +46,7 @@ INLINE float sum_of_streams(const char *first, size_t bytes, int streams) {
     for (size_t i = 0; i < bytes; i += LOADS * sizeof(vector))
         for (int s = 0; s < streams; s++) {
             const float *p = (const float *)(first + s * bytes + i);
+            if (streams > 1) EACH(j, LOADS) _mm_prefetch((const char *)(p + j * LANES) + AHEAD, _MM_HINT_T1);
             EACH(j, LOADS) sums[j] = vector_add(sums[j], vector_load(p + j * LANES));
         }
     return any_of(sums, LOADS);

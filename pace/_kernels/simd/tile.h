@@ -18,6 +18,9 @@ enum { TILE_ROWS = 12, TILE_PANELS = 2, A_WORDS_OF_PAIR = 1 };
 enum { TILE_ROWS = 5, TILE_PANELS = 1, A_WORDS_OF_PAIR = 2 };
 #endif
 enum { ONE_ROW_PANELS = 4 };
+// Bytes of weights that are asked for before they are read, of all panels together. What comes from memory then comes while
+// rows are multiplied: without, 8 rows take as long as both do one after the other.
+enum { WEIGHTS_AHEAD = 8192 };
 
 typedef uint32_t __attribute__((may_alias, aligned(2))) word; // the bits of a float32 or of two bfloat16
 typedef uint16_t __attribute__((may_alias)) bf16_bits;

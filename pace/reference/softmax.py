@@ -1,0 +1,26 @@
+"""The softmax of rows."""
+
+import numpy as np
+
+from .arrays import Array, check_float, check_rows, f32, output_rows
+
+
+def softmax(x: Array, scale: float = 1.0, out: Array | None = None) -> Array:
+    """y = e^(scale · x - m) / Σ e^(scale · x - m), m the largest scale · x, row by row.
+
+    x: (rows, columns) float32 or bfloat16. Returns (rows, columns) of x's dtype, in `out` where it is given; `out` may
+    be x itself. A row that has NaN or +infinity, or nothing but -infinity, is NaN.
+
+    In float32, rounded once, to x's dtype, at the end.
+
+    TypeError for another dtype; ValueError for another shape, or rows that are not contiguous.
+    """
+    check_float(x, "x")
+    check_rows(x, "x")
+    rows, columns = x.shape
+    result = output_rows(out, rows, columns, x.dtype)
+    scaled = f32(x) * np.float32(scale)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True, initial=-np.inf))
+        result[...] = powers / powers.sum(axis=1, keepdims=True)
+    return result
