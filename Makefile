@@ -45,6 +45,14 @@ CHROMIUM := { command -v chromium || command -v chromium-browser || command -v g
 	[ "$$(id -u)" = 0 ] && { $(APT) update; $(APT) install -y --no-install-recommends chromium; }; }; } >/dev/null 2>&1 \
 	|| echo 'no Chromium here, and none could be installed: the tests of the page will be skipped'
 
+# The backend TPP is tested on a libxsmm; Debian has it as an archive, of which a shared library is made.
+XSMM_ARCHIVE := $$($(CC) -print-file-name=libxsmm.a)
+LIBXSMM := { [ -e "$(XSMM_ARCHIVE)" ] || { \
+	[ "$$(id -u)" = 0 ] && { $(APT) update; $(APT) install -y --no-install-recommends libxsmm-dev; }; }; \
+	mkdir -p build && $(CC) -shared -o build/libxsmm.so -Wl,--whole-archive "$(XSMM_ARCHIVE)" \
+	"$$($(CC) -print-file-name=libxsmmnoblas.a)" -Wl,--no-whole-archive -lpthread -lrt -ldl -lm; } >/dev/null 2>&1 \
+	|| echo 'no libxsmm here, and none could be installed: the tests of the backend TPP will be skipped'
+
 RAY_VENV := .venv-ray
 ray-test:  ## deploy/ray_serve.py on a local cluster, in an environment of its own
 	$(MAKE) VENV=$(RAY_VENV) $(RAY_VENV)/.test
@@ -64,6 +72,7 @@ $(VENV)/.built: $(VENV)/.venv $(SOURCES)
 $(VENV)/.test: $(VENV)/.built
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@$(CHROMIUM)
+	@$(LIBXSMM)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -299,13 +299,13 @@ class Work:
 
     def prefill(self, tokens: int, samples: Sequence[Sample]) -> Pass:
         """The head is multiplied for the last token alone."""
-        chunks = -(-tokens // CHUNK)
-        return self._pass(tokens, chunks * self.model.bytes_per_step, 2 * (tokens * self.layers + self.head), samples)
+        read = -(-tokens // CHUNK) * self.model.bytes_of_step(min(tokens, CHUNK))
+        return self._pass(tokens, read, 2 * (tokens * self.layers + self.head), samples)
 
     def decode(self, batch: int, plan: Plan, samples: Sequence[Sample]) -> Pass:
         """The keys and values of the prompt that all have begun with are counted once."""
         keys = self._keys(plan.context) + batch * self._keys(plan.output_tokens // 2)
-        return self._pass(batch, self.model.bytes_per_step + keys, 2 * batch * (self.layers + self.head), samples)
+        return self._pass(batch, self.model.bytes_of_step(batch) + keys, 2 * batch * (self.layers + self.head), samples)
 
     def _keys(self, tokens: int) -> int:
         """Bytes of keys and values that one token sees of so many."""

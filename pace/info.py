@@ -17,6 +17,7 @@ from .ops import registry
 from .roofline import Roofline, measure
 
 _PACKAGES = ("pace", "numpy", "ml_dtypes", "torch")
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Info:
     versions: dict[str, str | None]  # None: not installed
     roofline: Roofline | None
     operators: dict[str, dict[str, list[str]]] | None  # the dtypes that each backend serves, by operator
+    libraries: dict[str, str]  # what backends that are others' libraries have found
     missing_backends: dict[str, str]  # why they cannot run here
 
 
@@ -52,7 +54,8 @@ def collect(*, roofline: bool = False, operators: bool = False) -> Info:
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         roofline=measure() if roofline else None,
         operators={name: _served(name) for name in registry.OPERATORS} if operators else None,
-        missing_backends={name: why for name in registry.BACKENDS if (why := registry.missing(name)) is not None},
+        libraries={name: found for name in registry.available() if (found := registry.describe(name)) is not None},
+        missing_backends={name: why for name in registry.backends() if (why := registry.missing(name)) is not None},
     )
 
 
@@ -131,22 +134,25 @@ def _operations(info: Info) -> Table:
 
 
 def _operators(info: Info, operators: dict[str, dict[str, list[str]]]) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2), pad_edge=False)
-    table.add_column("operator", style="cyan")
-    for backend in registry.BACKENDS:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("operator", style="cyan", no_wrap=True)
+    for backend in registry.backends():
         table.add_column(backend)
     for name, served in operators.items():
-        table.add_row(name, *(" ".join(served[backend]) or "[dim]–[/]" for backend in registry.BACKENDS))
+        table.add_row(
+            name,
+            *(" ".join(SHORT[dtype] for dtype in served[backend]) or "[dim]–[/]" for backend in registry.backends()),
+        )
+    libraries = [Text(f"{backend}: {library}") for backend, library in info.libraries.items()]
     reasons = [Text(f"{backend}: {why}", style="yellow") for backend, why in info.missing_backends.items()]
-    return Group(table, *reasons)
+    return Group(table, Text(), *libraries, *reasons)
 
 
 def _served(operator: str) -> dict[str, list[str]]:
-    def serves(backend: str, dtype: registry.Dtype) -> bool:
-        return registry.missing(backend) is None and registry.serving(operator, backend, dtype) == backend
-
+    found = {backend: registry.registration(operator, backend) for backend in registry.backends()}
     return {
-        backend: [name for name, dtype in DTYPES.items() if serves(backend, dtype)] for backend in registry.BACKENDS
+        backend: [name for name, dtype in DTYPES.items() if own is not None and dtype in own.dtypes]
+        for backend, own in found.items()
     }
 
 

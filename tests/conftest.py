@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # torch, the oracle, computes with what an EPYC has: oneDNN would use an Intel CPU's AMX, which sums in another order.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
@@ -12,10 +13,13 @@ from pace import isa
 settings.register_profile("pace", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("pace")
 
+LIBXSMM = Path(__file__).parents[1] / "build" / "libxsmm.so"  # what the Makefile makes of Debian's archive
 EMULATED = os.environ.get("PACE_TEST_EMULATE") == "1"
 
 
 def pytest_configure(config):
+    if LIBXSMM.exists():
+        os.environ.setdefault("PACE_LIBXSMM", str(LIBXSMM))
     if EMULATED:
         from tests.emulator import emulator
 

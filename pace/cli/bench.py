@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 bench = typer.Typer(no_args_is_help=True, help="Measure, beside the limits of this machine.")
 
 
-@bench.callback()
-def group() -> None:
-    pass  # keeps the name `model` though there is no other command yet
-
-
 @bench.command()
 @reported()
 def model(
@@ -40,7 +35,7 @@ def model(
     cache: Annotated[str, typer.Option(help="SLAB_POOL, PAGED, BMC or DYNAMIC.")] = "SLAB_POOL",
     ops: Annotated[
         str | None,
-        typer.Option(metavar="JSON", help="The backend of each operator, or one name for all."),
+        typer.Option(metavar="JSON", help="The backend of each operator, one name for all, or a file."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads to compute on.")] = None,
     write_json: Annotated[
@@ -71,6 +66,45 @@ def model(
     with stderr().status("loading") as status, _checkpoint(model, config, dtype, layers, seed) as checkpoint:
         name = config.stem if config is not None else str(model)
         report = measure(checkpoint, name, plan, dtype, cache, operators, tell=status.update)
+    Console().print(render(report))
+    if write_json is not None:
+        write_json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+@bench.command()
+@reported()
+def operators(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As of `pace generate`.", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="In place of MODEL: a config.json.")] = None,
+    tokens: Annotated[str, typer.Option(metavar="N,N…", help="Of a step: 1 is decoded, more are a prompt.")] = "1,512",
+    backends: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME…", help="Of these; all that can run here.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto: the checkpoint's own.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads to compute on.")] = None,
+    write_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as well.")
+    ] = None,
+) -> None:
+    """Every operator on every backend, in the shapes of a model. Weights are random."""
+    counts = _counts(tokens, "--tokens")
+    if (model is None) == (config is None):
+        raise typer.BadParameter("give a MODEL, or --config FILE")
+    from rich.console import Console
+
+    from pace.isa import set_num_threads
+    from pace.tuning import measure, render
+
+    if threads is not None:
+        set_num_threads(threads)
+    names = None if backends is None else backends.split(",")
+    with stderr().status("loading") as status:
+        try:
+            report = measure(config or str(model), dtype, counts, names, status.update)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     Console().print(render(report))
     if write_json is not None:
         write_json.write_text(json.dumps(asdict(report), indent=2) + "\n")

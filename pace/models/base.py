@@ -23,7 +23,9 @@ class Model(ABC):
     vocabulary: int
     max_positions: int
     weight_bytes: int  # all that is kept
-    bytes_per_step: int  # weights that one decode step reads
+    step_bytes: int  # of these, what a step reads, if it reads all experts
+    expert_bytes: int = 0  # of these, the experts'
+    chosen_share: float = 1.0  # of the experts, those that a token chooses
     images: "ImageProcessor | None" = None  # of a model that sees
     # Texts of more tokens than that have other rotary positions (`placement.text_lengths`); with `stretched_whole`,
     # from their first token on: a text that grows so long is computed anew.
@@ -42,6 +44,10 @@ class Model(ABC):
     def processor(cls, config: Config) -> "ImageProcessor | None":
         """What it wants of images; None where it takes none."""
         return None
+
+    def bytes_of_step(self, tokens: int = 1) -> int:
+        """Weights that a step of so many tokens reads, where all experts are as likely to be chosen."""
+        return self.step_bytes - round(self.expert_bytes * (1 - self.chosen_share) ** tokens)
 
     @abstractmethod
     def forward(

@@ -65,7 +65,7 @@ class Gemma3(Gemma3Text):
         seen, hidden = self._tower.hidden, self.usual(config).integer("hidden_size")
         self._norm = weights.rms_norm(f"{name}mm_soft_emb_norm", seen, vision.number("layer_norm_eps"), offset=1)
         self._project = weights.reshaped_linear(
-            "mlp", f"{name}mm_input_projection_weight", (seen, hidden), lambda weight: weight.T
+            "linear", f"{name}mm_input_projection_weight", (seen, hidden), lambda weight: weight.T
         )
 
     def _check_text(self, config: Config, images: ImageProcessor) -> None:

@@ -9,7 +9,7 @@ from pace.errors import ModelError
 from pace.reference.arrays import Array
 
 from .config import Config
-from .layers import MLP, Decoder, Norm, Parts, SelfAttention, norm_of_sum
+from .layers import Decoder, FeedForward, Norm, Parts, SelfAttention, norm_of_sum
 from .weights import Weights
 
 # What config.json means where it says nothing: those of the multimodal models name a few keys only.
@@ -87,7 +87,7 @@ class FourNorms:
     attention: SelfAttention
     after_attention: Norm
     mlp_norm: Norm
-    mlp: MLP
+    mlp: FeedForward
     after_mlp: Norm
 
     def __call__(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pace.cache import KVCache, Placement
-from pace.ops import PlainMLP
+from pace.ops import MLP
 from pace.reference.arrays import Array
 
 from .config import Config
@@ -24,7 +24,7 @@ class Parallel:
 
     norm: Norm
     attention: SelfAttention
-    mlp: PlainMLP
+    mlp: MLP
 
     def __call__(
         self, residual: Array, delta: Array | None, index: int, placement: Placement, cache: KVCache

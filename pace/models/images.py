@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pace.reference.arrays import Float
 
@@ -29,13 +30,18 @@ class ImageProcessor:
     std: tuple[float, float, float]
 
     def pixels(self, image: "Image.Image") -> Float:
-        """(3, height, width) float32: resized without regard to its shape (bilinear), rescaled, normalised; the bits of
-        transformers' processors that use Pillow.
-        """
+        """(3, height, width) float32: the bits of transformers' processors that use Pillow."""
+        return self.normalised(self.resized(image))
+
+    def resized(self, image: "Image.Image") -> NDArray[np.uint8]:
+        """(height, width, 3): RGB, resized without regard to its shape (bilinear)."""
         from PIL.Image import Resampling
 
         height, width = self.size
-        resized = image.convert("RGB").resize((width, height), Resampling.BILINEAR)
-        values = (np.asarray(resized, np.float64) * (1 / 255)).astype(np.float32)
-        normed = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.asarray(image.convert("RGB").resize((width, height), Resampling.BILINEAR))
+
+    def normalised(self, values: NDArray[np.uint8]) -> Float:
+        """(3, height, width) float32 of (height, width, 3): rescaled to 0 … 1, less the mean, by the deviation."""
+        rescaled = (values.astype(np.float64) * (1 / 255)).astype(np.float32)
+        normed = (rescaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normed.transpose(2, 0, 1), np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pace.cache import CacheShape, KVCache, Placement
 from pace.cache.base import Ints
-from pace.ops import GatedMLP, Linear, RMSNorm, RoPE
+from pace.ops import MLP, Linear, RMSNorm, RoPE
 from pace.reference.arrays import Array, Float
 
 from .base import Model
@@ -23,7 +23,7 @@ class Norm(Protocol):
     def __call__(self, x: Array, residual: Array | None = None) -> Array: ...
 
 
-class MLP(Protocol):
+class FeedForward(Protocol):
     def __call__(self, x: Array) -> Array: ...
 
 
@@ -89,7 +89,7 @@ class PreNorm:
     attention_norm: Norm
     attention: SelfAttention
     mlp_norm: Norm
-    mlp: MLP
+    mlp: FeedForward
 
     def __call__(
         self, residual: Array, delta: Array | None, index: int, placement: Placement, cache: KVCache
@@ -166,7 +166,7 @@ class Parts:
         bias: bool = False,
         activation: str = "hidden_act",
         gate_up: Sequence[str] = ("gate_proj", "up_proj"),
-    ) -> GatedMLP:
+    ) -> MLP:
         """activation: its key in config.json. gate_up: the two tensors, or the one that has both."""
         return self.weights.gated_mlp(
             [f"{name}.{which}" for which in gate_up],
@@ -206,7 +206,8 @@ class Decoder(Model):
             parts.num_layers, parts.kv_heads, parts.head_dim, self.dtype, self.max_positions, windows
         )
         self.weight_bytes = weights.nbytes
-        self.bytes_per_step = weights.nbytes - weights.idle_bytes - (0 if tied else self.head.embedding.nbytes)
+        self.step_bytes = weights.nbytes - (0 if tied else self.head.embedding.nbytes)
+        self.expert_bytes, self.chosen_share = weights.expert_bytes, weights.chosen_share
 
         rotary = [layer.attention.rope.frequencies for layer in layers if layer.attention.rope is not None]
         stretched = [frequencies for frequencies in rotary if frequencies.trained is not None]

@@ -10,7 +10,7 @@ from pace.ops import LayerNorm
 from pace.reference.arrays import Array
 
 from .config import Config
-from .layers import MLP, Decoder, Norm, Parts, PreNorm, SelfAttention
+from .layers import Decoder, FeedForward, Norm, Parts, PreNorm, SelfAttention
 from .weights import Weights
 
 EPS = 1e-5
@@ -23,13 +23,13 @@ class PostNorm:
 
     attention: SelfAttention
     attention_norm: Norm
-    mlp: MLP
+    mlp: FeedForward
     mlp_norm: Norm
 
     def __call__(
         self, residual: Array, delta: Array | None, index: int, placement: Placement, cache: KVCache
     ) -> tuple[Array, Array | None]:
-        if delta is not None:
+        if delta is not None:  # positions, where embeddings aren't projected: in no checkpoint that is known
             residual = residual + delta
         x = self.attention_norm(self.attention(residual, index, placement, cache), residual)
         return self.mlp_norm(self.mlp(x), x), None
@@ -42,6 +42,7 @@ class Opt(Decoder):
         hidden, inner, bias = parts.hidden, config.integer("ffn_dim"), config.flag("enable_bias", True)
         activation, before = config.activation("activation_function", "relu"), config.flag("do_layer_norm_before", True)
         affine = config.flag("layer_norm_elementwise_affine", True)
+        normed = before and not config.flag("_remove_final_layer_norm", False)
         root = "model.decoder" if "model.decoder.embed_positions.weight" in weights.checkpoint.names() else "decoder"
 
         def norm(name: str) -> LayerNorm:
@@ -58,18 +59,16 @@ class Opt(Decoder):
             return PostNorm(attention, attention_norm, mlp, mlp_norm)
 
         layers = [layer(name) for name in parts.layers(f"{root}.layers")]
-        last = (
-            norm(f"{root}.final_layer_norm") if before and not config.flag("_remove_final_layer_norm", False) else None
-        )
+        last = norm(f"{root}.final_layer_norm") if normed else None
         width = config.integer("word_embed_proj_dim", hidden)
         self.positions = weights.embedding(f"{root}.embed_positions", parts.max_positions + FIRST_POSITION, hidden)
         self.project_in = self.project_out = None
         if width != hidden:
-            self.project_in = weights.linear("lm_head", [f"{root}.project_in"], [hidden], width)
-            self.project_out = weights.linear("lm_head", [f"{root}.project_out"], [width], hidden)
+            self.project_in = weights.linear("linear", [f"{root}.project_in"], [hidden], width)
+            self.project_out = weights.linear("linear", [f"{root}.project_out"], [width], hidden)
         weights.ignore(f"{root}.version")  # of fairseq, in old checkpoints
         super().__init__(parts, layers, last, f"{root}.embed_tokens")
-        self.bytes_per_step -= self.positions.table.nbytes
+        self.step_bytes -= self.positions.table.nbytes
 
     @classmethod
     def usual(cls, config: Config) -> Config:

@@ -120,11 +120,19 @@ class Wishes(Survey):
         self.shapes[name] = shape
 
 
+def num_layers(config: Mapping[str, Any]) -> int:
+    """Of the language model; 1 where the config.json leaves it to the family's default."""
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
+    layers: int = config.get(_key_of_layers(config), 1)
+    return layers
+
+
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The configuration of the first `layers` layers of the language model."""
     if isinstance(text := config.get("text_config"), dict):
         return {**config, "text_config": with_layers(text, layers)}
-    key = next((key for key in LAYERS if key in config), LAYERS[0])
+    key = _key_of_layers(config)
     there = config.get(key, layers)
     if not 1 <= layers <= there:
         raise ValueError(f"layers is {layers}; the model has 1 to {there}")
@@ -132,6 +140,10 @@ def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     if isinstance(kinds := config.get("layer_types"), list):
         changed["layer_types"] = kinds[:layers]
     return changed
+
+
+def _key_of_layers(config: Mapping[str, Any]) -> str:
+    return next((key for key in LAYERS if key in config), LAYERS[0])
 
 
 def num_weights(name: str, shape: Sequence[int]) -> int:

@@ -43,7 +43,7 @@ class Siglip:
         self.side = self.image_size // self.patch_size
 
         self._embed = weights.reshaped_linear(
-            "mlp",
+            "linear",
             f"{name}embeddings.patch_embedding.weight",
             (self.hidden, self.channels, self.patch_size, self.patch_size),
             lambda weight: weight.reshape(self.hidden, -1),

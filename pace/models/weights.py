@@ -5,14 +5,15 @@ Never two copies in memory: rows are packed a few megabytes at a time, straight 
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from pace.errors import ModelError
-from pace.ops import Embedding, GatedMLP, LayerNorm, Linear, LMHead, MoE, OperatorConfig, PlainMLP, RMSNorm
+from pace.ops import MLP, Embedding, LayerNorm, Linear, LMHead, MoE, OperatorConfig, RMSNorm
+from pace.ops.mlp import in_panels
 from pace.ops.registry import Dtype
 from pace.reference.arrays import Array, Float, bfloat16, float32
 from pace.reference.pack_experts import BLOCK as MXFP4_BLOCK
@@ -36,7 +37,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, dtype: Dtype, operators: OperatorConfig, progress: bool = False) -> None:
         self.checkpoint, self.dtype, self.operators = checkpoint, dtype, operators
         self.nbytes = 0  # of everything packed
-        self.idle_bytes = 0  # of these, what a step of one token does not read: experts that are not chosen
+        self.expert_bytes, self.chosen_share = 0, 1.0  # of these, the experts', and how many of them a token chooses
         self._left = {name for name in checkpoint.names() if not name.endswith(COMPUTED)}
         total = sum(np.prod(checkpoint.shape(name), dtype=np.int64) for name in self._left) * dtype.itemsize
         self._bar = tqdm(
@@ -75,7 +76,8 @@ class Weights:
         """One linear layer of the weights NAME.weight (and NAME.bias), one below the other."""
         packed = self._packed(operator, [f"{name}.weight" for name in names], rows, columns)
         biases = [self.vector(f"{name}.bias", count) for name, count in zip(names, rows, strict=True)] if bias else None
-        return Linear(operator, self.operators, self.dtype, packed, np.concatenate(biases) if biases else None)
+        weight = self._prepared(operator, packed)
+        return Linear(operator, self.operators, self.dtype, weight, np.concatenate(biases) if biases else None)
 
     def reshaped_linear(
         self,
@@ -91,11 +93,10 @@ class Weights:
         rows = np.ascontiguousarray(to_rows(self._read(name, shape)))
         packed = PackedLinear.empty(len(rows), rows.shape[1], self.dtype)
         self._pack_rows(operator, name, rows, packed, 0, 1)
-        return Linear(operator, self.operators, self.dtype, packed, self.vector(bias, len(rows)) if bias else None)
+        weight = self._prepared(operator, packed)
+        return Linear(operator, self.operators, self.dtype, weight, self.vector(bias, len(rows)) if bias else None)
 
-    def gated_mlp(
-        self, gate_up: Sequence[str], down: str, hidden: int, inner: int, activation: str, bias: bool
-    ) -> GatedMLP:
+    def gated_mlp(self, gate_up: Sequence[str], down: str, hidden: int, inner: int, activation: str, bias: bool) -> MLP:
         """gate_up: two weights (inner, hidden), or one that has both, gate's rows before up's; down: (hidden, inner);
         with `bias` all have one.
         """
@@ -110,23 +111,21 @@ class Weights:
         for name in gate_up:
             self._take(f"{name}.weight", shape)
         biases = [self.vector(f"{name}.bias", shape[0]) for name in gate_up] if bias else None
-        return GatedMLP(
-            self.operators,
-            self.dtype,
-            packed,
-            self._packed("mlp", [f"{down}.weight"], [hidden], inner),
-            activation,
-            np.concatenate(biases) if biases else None,
-            self.vector(f"{down}.bias", hidden) if bias else None,
-        )
+        up_bias = np.concatenate(biases) if biases else None
+        return self._mlp(packed, up_bias, down, hidden, inner, activation, bias)
 
-    def plain_mlp(self, up: str, down: str, hidden: int, inner: int, activation: str, bias: bool) -> PlainMLP:
+    def plain_mlp(self, up: str, down: str, hidden: int, inner: int, activation: str, bias: bool) -> MLP:
         """up is (inner, hidden), down is (hidden, inner)."""
-        return PlainMLP(
-            self.linear("mlp", [up], [inner], hidden, bias),
-            self.linear("mlp", [down], [hidden], inner, bias),
-            activation,
-        )
+        packed = self._packed("mlp", [f"{up}.weight"], [inner], hidden)
+        up_bias = self.vector(f"{up}.bias", inner) if bias else None
+        return self._mlp(packed, up_bias, down, hidden, inner, activation, bias)
+
+    def _mlp(
+        self, up: PackedLinear, up_bias: Float | None, down: str, hidden: int, inner: int, activation: str, bias: bool
+    ) -> MLP:
+        weights = self._prepared("mlp", up, self._packed("mlp", [f"{down}.weight"], [hidden], inner))
+        down_bias = self.vector(f"{down}.bias", hidden) if bias else None
+        return MLP(self.operators, self.dtype, weights, activation, up_bias, down_bias)
 
     def moe(
         self, name: str, hidden: int, inner: int, experts: int, chosen: int, alpha: float, limit: float, mxfp4: bool
@@ -149,7 +148,8 @@ class Weights:
             alpha,
             limit,
         )
-        self.idle_bytes += (made.gate_up.nbytes + made.down.nbytes) * (experts - chosen) // experts
+        self.expert_bytes += made.gate_up.nbytes + made.down.nbytes
+        self.chosen_share = chosen / experts
         return made
 
     def _experts(self, name: str, count: int, rows: int, columns: int, mxfp4: bool, gated: bool) -> PackedExperts:
@@ -213,7 +213,7 @@ class Weights:
 
     def embedding(self, name: str, rows: int, columns: int) -> Embedding:
         """A table of (rows, columns), NAME.weight."""
-        return Embedding(self.operators, self.dtype, self._packed("lm_head", [f"{name}.weight"], [rows], columns))
+        return Embedding(self.operators, self.dtype, self._packed("embedding", [f"{name}.weight"], [rows], columns))
 
     def lm_head(
         self,
@@ -227,12 +227,17 @@ class Weights:
         softcap: float | None = None,
     ) -> LMHead:
         """Two tables of (vocabulary, hidden), NAME.weight; one for both where they are tied. bias: of the head."""
-        table = self._packed("lm_head", [f"{embedding}.weight"], [vocabulary], hidden)
+        packed = table = self._packed("embedding", [f"{embedding}.weight"], [vocabulary], hidden)
         if tied:
             self.ignore(f"{head}.weight")
-        packed = table if tied else self._packed("lm_head", [f"{head}.weight"], [vocabulary], hidden)
+        else:
+            packed = self._prepared("lm_head", self._packed("lm_head", [f"{head}.weight"], [vocabulary], hidden))
         head_bias = self.vector(f"{head}.bias", vocabulary) if bias else None
         return LMHead(self.operators, self.dtype, table, packed, head_bias, scale, softcap)
+
+    def _prepared(self, operator: str, *packed: PackedLinear) -> Any:
+        """As the operator's backend multiplies with them; what is given is no longer kept."""
+        return self.operators.resolve(operator, self.dtype).prepare(*packed)
 
     def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
         for name, count in zip(names, rows, strict=True):  # before memory is taken for what may be absurd
@@ -339,6 +344,9 @@ class Survey(Weights):
     def _check(self, name: str, shape: tuple[int, ...], dtypes: Sequence[Dtype] = STORED) -> None:
         if name not in self._problems and (problem := self._problem(name, shape, dtypes)) is not None:
             self._problems[name] = problem
+
+    def _prepared(self, operator: str, *packed: PackedLinear) -> Any:
+        return in_panels(*packed)
 
     def _packed(self, operator: str, names: Sequence[str], rows: Sequence[int], columns: int) -> PackedLinear:
         for name, count in zip(names, rows, strict=True):

@@ -2,32 +2,36 @@
 
 from .config import OperatorConfig
 from .operators import (
+    MLP,
+    Activation,
     Attention,
     Embedding,
     Frequencies,
-    GatedMLP,
     LayerNorm,
     Linear,
     LMHead,
     MoE,
-    PlainMLP,
     RMSNorm,
     RoPE,
     Sampling,
+    Softmax,
 )
+from .registry import register_backend
 
 __all__ = [
+    "MLP",
+    "Activation",
     "Attention",
     "Embedding",
     "Frequencies",
-    "GatedMLP",
     "LMHead",
     "LayerNorm",
     "Linear",
     "MoE",
     "OperatorConfig",
-    "PlainMLP",
     "RMSNorm",
     "RoPE",
     "Sampling",
+    "Softmax",
+    "register_backend",
 ]

@@ -3,29 +3,39 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
+
+from pace.options import read_config
 
 from . import registry
 
+FILES = ".toml", ".yaml", ".yml", ".json"
+
 
 def _default() -> str:
-    return registry.available()[0]
+    return next(name for name in registry.FALLBACK if registry.missing(name) is None)
 
 
 @dataclass(frozen=True)
 class OperatorConfig:
-    """The backend of every operator, by name: "NATIVE", "REFERENCE"; "" is the best that this host runs.
+    """The backend of every operator, by name; "" is NATIVE, or REFERENCE where that can't run.
 
     ValueError for a name that is no backend's, or of one that can't run here; it lists those that can.
     """
 
     norm: str = ""
+    linear: str = ""
     qkv_projection: str = ""
     rope: str = ""
     attention: str = ""
     out_projection: str = ""
     mlp: str = ""
+    activation: str = ""
+    softmax: str = ""
     moe: str = ""
+    embedding: str = ""
     lm_head: str = ""
     sampling: str = ""
 
@@ -45,11 +55,16 @@ class OperatorConfig:
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, str] | OperatorConfig | None") -> "OperatorConfig":
-        """A backend's name for all operators, JSON or a mapping of operators to backends, or None for the default."""
+        """A backend's name for all operators, JSON or a mapping of operators to backends, or None for the default; or
+        the path of a TOML, YAML or JSON file of these, or with them as its `ops`, as that of a server.
+        """
         if isinstance(value, OperatorConfig):
             return value
         if value is None or value == "":
             return cls()
+        if isinstance(value, str) and value.endswith(FILES):
+            values = read_config(value)
+            return cls.parse(values.get("ops", values))
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             return cls.all(value)
         try:
@@ -62,6 +77,15 @@ class OperatorConfig:
             raise ValueError(f"operator {unknown[0]!r} is unknown; there are {known}")
         return cls(**chosen)
 
-    def resolve(self, operator: str, dtype: registry.Dtype) -> SimpleNamespace:
-        """The functions of an operator, by name."""
-        return registry.resolve(operator, getattr(self, operator), dtype)
+    @classmethod
+    def tuned(cls, model: str | Path, dtype: str = "auto") -> "OperatorConfig":
+        """The fastest backend of each operator for a model, here: measured once, then known (pace.tuning). model and
+        dtype: as for LLM.
+        """
+        tuning = import_module("pace.tuning")  # which runs models, and they are above this
+        tuned: OperatorConfig = tuning.tuned(model, dtype)
+        return tuned
+
+    def resolve(self, operator: str, dtype: registry.Dtype, in_panels: bool = False) -> SimpleNamespace:
+        """The functions of an operator, by name. in_panels: for a weight that stays in panels."""
+        return registry.resolve(operator, getattr(self, operator), dtype, in_panels)

@@ -4,6 +4,7 @@ settled when it is built, and does nothing but call them; the functions' contrac
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,10 +46,12 @@ class LayerNorm:
 
 
 class Linear:
-    """A linear layer; `operator` is what it is to the model: qkv_projection, out_projection, mlp or lm_head."""
+    """A linear layer; `operator` is what it is to the model: qkv_projection, out_projection or just linear. weight: as
+    its backend has prepared it.
+    """
 
     def __init__(
-        self, operator: str, config: OperatorConfig, dtype: Dtype, weight: PackedLinear, bias: Float | None = None
+        self, operator: str, config: OperatorConfig, dtype: Dtype, weight: Any, bias: Float | None = None
     ) -> None:
         self._functions = config.resolve(operator, dtype)
         self.weight, self.bias = weight, bias
@@ -62,44 +65,56 @@ class Linear:
         )
 
 
-class GatedMLP:
-    """activation(gate) · up, and the projection down."""
+class MLP:
+    """activation(gate) · up, or activation(up), and the projection down. weights: as the backend has prepared them."""
 
     def __init__(
         self,
         config: OperatorConfig,
         dtype: Dtype,
-        gate_up: PackedLinear,
-        down: PackedLinear,
+        weights: Any,
         activation: str,
-        gate_up_bias: Float | None = None,
+        up_bias: Float | None = None,
         down_bias: Float | None = None,
     ) -> None:
         self._functions = config.resolve("mlp", dtype)
-        self.gate_up, self.down, self.activation = gate_up, down, activation
-        self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
-
-    def __call__(self, x: Array) -> Array:
-        inner = self._functions.gated_mlp(x, self.gate_up, self.gate_up_bias, self.activation)
-        return self._functions.linear(inner, self.down, self.down_bias)  # type: ignore[no-any-return]
-
-
-class PlainMLP:
-    """activation(up), and the projection down."""
-
-    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
-        self.up, self.down, self.activation = up, down, activation
+        self.weights, self.activation, self.up_bias, self.down_bias = weights, activation, up_bias, down_bias
 
     def __call__(self, x: Array, residual: Array | None = None) -> Array:
         """With residual, (tokens, hidden), added."""
-        return self.down(self.up(x, self.activation), residual=residual)
+        return self._functions.mlp(  # type: ignore[no-any-return]
+            x, self.weights, self.up_bias, self.down_bias, self.activation, residual
+        )
+
+
+class Activation:
+    """relu, gelu_erf, gelu_tanh or silu by itself: where it follows a product, it is the product's."""
+
+    def __init__(self, config: OperatorConfig, dtype: Dtype, activation: str) -> None:
+        self._functions = config.resolve("activation", dtype)
+        self.activation = activation
+
+    def __call__(self, x: Array, multiply: Array | None = None) -> Array:
+        """activation(x) · multiply."""
+        return self._functions.activate(x, self.activation, multiply)  # type: ignore[no-any-return]
+
+
+class Softmax:
+    """Of rows, by itself: attention has its own."""
+
+    def __init__(self, config: OperatorConfig, dtype: Dtype) -> None:
+        self._functions = config.resolve("softmax", dtype)
+
+    def __call__(self, x: Array, scale: float = 1.0) -> Array:
+        """softmax(scale · x)."""
+        return self._functions.softmax(x, scale)  # type: ignore[no-any-return]
 
 
 class Embedding:
     """Rows of a table, (rows, hidden)."""
 
     def __init__(self, config: OperatorConfig, dtype: Dtype, table: PackedLinear) -> None:
-        self._functions = config.resolve("lm_head", dtype)
+        self._functions = config.resolve("embedding", dtype)
         self.table = table
 
     def __call__(self, rows: Array) -> Array:
@@ -151,18 +166,20 @@ class LMHead:
         config: OperatorConfig,
         dtype: Dtype,
         embedding: PackedLinear,
-        head: PackedLinear,
+        head: Any,
         bias: Float | None = None,
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        self._functions = config.resolve("lm_head", dtype)
+        """head: as its backend has prepared it, or `embedding`, where there is one table for both."""
+        self._embedding = config.resolve("embedding", dtype)
+        self._functions = config.resolve("lm_head", dtype, in_panels=head is embedding)
         self.embedding, self.head, self.bias = embedding, head, bias
         self.scale, self.softcap = float(dtype.type(scale)), softcap
 
     def embed(self, tokens: Array) -> Array:
         """(tokens, hidden), of tokens (tokens,) int32."""
-        return self._functions.embed(tokens, self.embedding, self.scale)  # type: ignore[no-any-return]
+        return self._embedding.embed(tokens, self.embedding, self.scale)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Array) -> Float:
         """(rows, vocabulary) float32, of hidden (rows, hidden)."""

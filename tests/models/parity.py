@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pace.cache import CACHES
-from pace.models import architecture_of, load_model, open_checkpoint
+from pace.models import architecture_of, load_model, max_positions, open_checkpoint
 from pace.models.config import Config
 from pace.models.weights import Survey
 from pace.ops import OperatorConfig
@@ -251,7 +251,9 @@ def described(family, config, layers=2):
     """The model of a real config.json, but for its depth: surveyed, so that its weights take no memory."""
     checkpoint = Described(family, {**config, family.depth: layers})
     with Survey(checkpoint, np.dtype(np.float32), OperatorConfig()) as survey:
-        return architecture_of(checkpoint)(Config(checkpoint.config), survey)
+        model = architecture_of(checkpoint)(Config(checkpoint.config), survey)
+    assert model.max_positions == max_positions(checkpoint)
+    return model
 
 
 def check_float32(

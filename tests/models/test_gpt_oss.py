@@ -118,8 +118,9 @@ def test_a_step_reads_the_chosen_experts_only(tmp_path):
     save(tmp_path, GPT_OSS.make())
     model = load(tmp_path, "bfloat16")
     experts = sum(layer.mlp.gate_up.nbytes + layer.mlp.down.nbytes for layer in model.layers)
-    idle = model.weight_bytes - model.bytes_per_step - model.head.embedding.nbytes
-    assert idle == pytest.approx(experts * 3 / 5, abs=len(model.layers))
+    for tokens, idle in ((1, 3 / 5), (2, 9 / 25), (100, 0)):
+        unread = model.weight_bytes - model.bytes_of_step(tokens) - model.head.embedding.nbytes
+        assert unread == pytest.approx(experts * idle, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,8 @@ QWEN2 = parity.Family(Qwen2Config, Qwen2ForCausalLM)
 QWEN3 = parity.Family(Qwen3Config, Qwen3ForCausalLM)
 CASES = {
     "qwen2": (QWEN2, {}),
-    "qwen2_tied_yarn": (
-        QWEN2,
-        {"tie_word_embeddings": True, "rope_parameters": parity.YARN},
-    ),
+    "qwen2_draft_of_pard": (QWEN2, {"tie_word_embeddings": True, "pard_token": 96}),
+    "qwen2_yarn": (QWEN2, {"rope_parameters": parity.YARN}),
     "qwen2_windows": (QWEN2, SLIDING),
     "qwen2_all_windows": (QWEN2, SLIDING | {"max_window_layers": 0, "num_key_value_heads": 4}),
     "qwen3": (QWEN3, {}),

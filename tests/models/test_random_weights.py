@@ -11,7 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pace.errors import ModelError
 from pace.models import MODELS, load_model
-from pace.models.random_weights import BLOCK, CODE_RMS, RandomCheckpoint, num_weights, random_checkpoint, with_layers
+from pace.models.random_weights import (
+    BLOCK,
+    CODE_RMS,
+    RandomCheckpoint,
+    num_layers,
+    num_weights,
+    random_checkpoint,
+    with_layers,
+)
 from pace.reference.arrays import bfloat16, float32
 
 from .parity import BASE
@@ -138,6 +146,11 @@ def test_fewer_layers():
     assert with_layers({}, 3) == {"num_hidden_layers": 3}  # where the default is the family's
     with pytest.raises(ValueError, match="layers is 5; the model has 1 to 4"):
         with_layers(config, 5)
+
+
+def test_the_number_of_layers():
+    for config, number in (({"num_hidden_layers": 4}, 4), ({"text_config": {"n_layer": 3}}, 3), ({}, 1)):
+        assert num_layers(config) == number
 
 
 def test_what_no_model_can_be_made_of(config, tmp_path):

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from pace import isa, kernels
-from pace.ops import Frequencies, GatedMLP, LayerNorm, Linear, LMHead, OperatorConfig, RMSNorm, RoPE, Sampling, registry
+from pace.ops import (
+    MLP,
+    Frequencies,
+    LayerNorm,
+    Linear,
+    LMHead,
+    OperatorConfig,
+    RMSNorm,
+    RoPE,
+    Sampling,
+    register_backend,
+    registry,
+)
 from pace.reference.pack_linear import pack_linear
 from pace.reference.sample import SAMPLING_DTYPE
 from tests.kernels.arrays import BF16, BF16_RTOL, F32, KINDS, assert_close, draw, rng
@@ -43,6 +55,38 @@ def test_parse_some(value):
     assert {getattr(config, name) for name in NAMES if name != "norm"} == {"NATIVE"}
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ops.toml", 'norm = "REFERENCE"\nmlp = "NATIVE"\n'),
+        ("ops.yaml", "norm: REFERENCE\n"),
+        ("ops.json", '{"norm": "REFERENCE"}'),
+        ("server.toml", 'port = 8000\n[ops]\nnorm = "REFERENCE"\n'),
+        ("server.yml", "port: 8000\nops: {norm: REFERENCE}\n"),
+    ],
+)
+def test_parse_a_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert OperatorConfig.parse(str(tmp_path / name)) == OperatorConfig(norm="REFERENCE")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("ops.toml", "norm = ", "ops.toml can't be read: "),
+        ("ops.yaml", "- NATIVE\n", "ops.yaml holds no options"),
+        ("ops.json", '{"nrom": "NATIVE"}', "operator 'nrom' is unknown"),
+        ("gone.json", None, "gone.json can't be read: .*No such file"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path, name, text, match):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=match):
+        OperatorConfig.parse(str(tmp_path / name))
+
+
 def test_parse_all_and_none():
     assert OperatorConfig.parse("REFERENCE") == OperatorConfig.all("REFERENCE")
     assert OperatorConfig.parse(None) == OperatorConfig.parse("") == OperatorConfig.parse({}) == OperatorConfig()
@@ -51,10 +95,10 @@ def test_parse_all_and_none():
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        ({"nrom": "NATIVE"}, "operator 'nrom' is unknown; there are norm, qkv_projection, rope, attention, .*lm_head"),
-        ({"norm": "FAST"}, "backend 'FAST' is unknown; there are NATIVE, REFERENCE"),
-        ("FAST", "backend 'FAST' is unknown; there are NATIVE, REFERENCE"),
-        ("native", "backend 'native' is unknown; there are NATIVE, REFERENCE"),
+        ({"nrom": "NATIVE"}, "operator 'nrom' is unknown; there are norm, linear, qkv_projection, .*lm_head"),
+        ({"norm": "FAST"}, "backend 'FAST' is unknown; there are NATIVE, REFERENCE, IMBPS, JIT"),
+        ("FAST", "backend 'FAST' is unknown; there are NATIVE, REFERENCE, IMBPS, JIT"),
+        ("native", "backend 'native' is unknown; there are NATIVE, REFERENCE, IMBPS, JIT"),
         ('{"norm": ', "operators is not JSON"),
         ('{"norm": 3}', "backend 3 is unknown"),
     ],
@@ -87,21 +131,41 @@ class NormsOnly:
         registry.register("norm", "NORMS", {name: counted(name) for name in registry.OPERATORS["norm"]}, (F32,))
 
 
+def clear():
+    for each in (registry.missing, registry.resolve, registry._module, registry._register_all, registry._installed):
+        each.cache_clear()
+
+
 @pytest.fixture
 def outside(monkeypatch):
-    def clear():
-        registry.missing.cache_clear()
-        registry.resolve.cache_clear()
-
-    monkeypatch.setitem(registry.BACKENDS, "NORMS", "norms")
-    modules = registry.import_module
-    monkeypatch.setattr(registry, "import_module", lambda name: NormsOnly if name.endswith(".norms") else modules(name))
-    monkeypatch.setattr(NormsOnly, "calls", 0)
     clear()
+    monkeypatch.setattr(registry, "BACKENDS", registry.BACKENDS.copy())
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
+    monkeypatch.setattr(NormsOnly, "calls", 0)
+    register_backend("NORMS", NormsOnly)
     yield NormsOnly
     clear()
-    for key in [key for key in registry._registry if key[1] == "NORMS"]:
-        del registry._registry[key]
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """The same, of a package that was installed."""
+    clear()
+    (tmp_path / "norms.py").write_text("from tests.ops.test_ops import NormsOnly\n")
+    (tmp_path / "norms-1.dist-info").mkdir()
+    (tmp_path / "norms-1.dist-info" / "METADATA").write_text("Name: norms\nVersion: 1\n")
+    (tmp_path / "norms-1.dist-info" / "entry_points.txt").write_text("[pace.backends]\nNORMS = norms:NormsOnly\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
+    yield
+    clear()
+
+
+def test_a_backend_of_an_installed_package(installed):
+    assert registry.backends()[-1] == "NORMS"
+    assert registry.serving("norm", "NORMS", F32) == "NORMS"
+    with pytest.raises(ValueError, match="there is a backend NORMS already"):
+        register_backend("NORMS", NormsOnly)
 
 
 def test_a_backend_falls_back_where_it_does_not_serve_and_says_so_once(outside, caplog):
@@ -209,17 +273,25 @@ def test_rope_tables_take_no_memory_for_positions_that_do_not_come():
 
 
 def linear(config, kind):
-    operator = Linear("qkv_projection", config, kind, pack(kind, INNER, HIDDEN), vector(INNER))
+    weight = config.resolve("qkv_projection", kind).prepare(pack(kind, INNER, HIDDEN))
+    operator = Linear("qkv_projection", config, kind, weight, vector(INNER))
     return operator(rows(kind)), operator(rows(kind), "silu", rows(kind, INNER))
 
 
 def mlp(config, kind):
-    gate_up, down = pack(kind, INNER, HIDDEN, gated=True), pack(kind, HIDDEN, INNER)
-    return (GatedMLP(config, kind, gate_up, down, "silu", vector(2 * INNER), vector(HIDDEN))(rows(kind)),)
+    """Gated, and not."""
+    results = []
+    for gated in (True, False):
+        weights = pack(kind, INNER, HIDDEN, gated), pack(kind, HIDDEN, INNER)
+        prepared = config.resolve("mlp", kind).prepare(*weights)
+        operator = MLP(config, kind, prepared, "silu", vector(INNER * (1 + gated)), vector(HIDDEN))
+        results += [operator(rows(kind)), operator(rows(kind), rows(kind))]
+    return results
 
 
 def lm_head(config, kind):
-    head = LMHead(config, kind, pack(kind, INNER, HIDDEN), pack(kind, INNER + 3, HIDDEN))
+    head = config.resolve("lm_head", kind).prepare(pack(kind, INNER + 3, HIDDEN))
+    head = LMHead(config, kind, pack(kind, INNER, HIDDEN), head)
     embedded = head.embed(np.array([0, 76, 15, 16], np.int32))
     logits = head.logits(rows(kind))
     assert logits.dtype == np.float32
@@ -261,9 +333,11 @@ OPERATORS = {
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_backends_agree(rung, operator, kind):
-    native, reference = (OPERATORS[operator](OperatorConfig.all(name), kind) for name in ("NATIVE", "REFERENCE"))
-    for ours, expected in zip(native, reference, strict=True):
+@pytest.mark.parametrize("backend", [name for name in registry.available() if name != "REFERENCE"])
+def test_backends_agree(rung, backend, operator, kind, monkeypatch):
+    monkeypatch.setenv("PACE_IMBPS_PIECE", "32")
+    mine, reference = (OPERATORS[operator](OperatorConfig.all(name), kind) for name in (backend, "REFERENCE"))
+    for ours, expected in zip(mine, reference, strict=True):
         assert ours.dtype == expected.dtype
         np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), **CLOSE[kind])
 

@@ -1,8 +1,8 @@
 """Our kernels on the rung of this host."""
 
 from pace import isa, kernels
-from pace.ops.registry import OPERATORS, register
-from pace.reference.arrays import bfloat16, float32
+
+from .reference import register_form
 
 
 def missing() -> str | None:
@@ -10,5 +10,4 @@ def missing() -> str | None:
 
 
 def register_all() -> None:
-    for operator, names in OPERATORS.items():
-        register(operator, "NATIVE", {name: kernels.native(name) for name in names}, (float32, bfloat16))
+    register_form("NATIVE", kernels.native)
