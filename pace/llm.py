@@ -57,7 +57,8 @@ class LLM:
         use_tqdm: bool | None = None,
         priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
-        """Complete each prompt, a text or its token ids; results in the order of the prompts.
+        """Complete each prompt, a text or its token ids; results in the order of the prompts. One with images is
+        {"prompt": either, "images": […]}, with the model's placeholder in the text where each stands, or its tokens.
 
         All prompts go through the model together. Each may have its own SamplingParams and priority (the lower number
         goes first), or all share one. use_tqdm: a bar with the throughput on stderr; None for one where there are
@@ -120,9 +121,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """The assistant's next turn of one conversation, or of each of several, by the model's own chat template, which
         is given what else is named (tools, documents).
+
+        Content is a text, or a list of parts: {"type": "text", "text": …}, and for models that see {"type": "image",
+        "image": a path, a file's bytes or a PIL.Image} or OpenAI's {"type": "image_url", …} with a data: URL.
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [self.tokenizer.chat(conversation, **template) for conversation in conversations]  # type: ignore[arg-type]
+        prompts = [self.engine.intake.chat(conversation, **template) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm, priority)
 
     def stream(
@@ -179,7 +183,7 @@ def _asked(prompts: Any, params: Any, name: str, priority: Any) -> Iterable[tupl
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or getattr(prompts, "ndim", 0) == 1:
+    if isinstance(prompts, str | Mapping) or getattr(prompts, "ndim", 0) == 1:
         return [prompts]  # type: ignore[list-item]
     if len(prompts) and isinstance(prompts[0], Number):
         return [prompts]  # type: ignore[list-item]

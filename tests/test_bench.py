@@ -181,7 +181,7 @@ def test_what_a_pass_takes_of_the_machine(config):
     step = work.decode(4, plan, of_a_second(1.0, 1e30))
     per_token = 2 * layers * key * 4
     assert (step.bound, step.rate) == ("memory", 4)
-    assert step.share == pytest.approx(model.bytes_per_step + (10 + 4 * 3) * per_token)
+    assert step.share == pytest.approx(model.bytes_of_step(4) + (10 + 4 * 3) * per_token)
     prompt = work.prefill(20, of_a_second(1e30, 1.0))
     assert (prompt.bound, prompt.rate) == ("fp32", 20)
     assert prompt.share == pytest.approx(2 * (20 * work.layers + work.head))

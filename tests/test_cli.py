@@ -472,6 +472,22 @@ def test_ctrl_c_at_the_prompt_leaves(tiny, terminal):
     assert "Traceback" not in chat.seen
 
 
+def test_speculative(tiny):
+    """The same text; the figures tell how many tokens a step brought."""
+    asked = ["generate", tiny, "Hello Hello", "--max-tokens", 40, "--temperature", 1, "--seed", 3]
+    plain = run(*asked)
+    draft = json.dumps({"method": "draft_model", "model": str(tiny), "num_tokens": 4, "adaptive": False})
+    for speculative in (draft, '{"method": "ngram"}'):
+        given = run(*asked, "--speculative", speculative)
+        assert given.exit_code == 0
+        assert given.stdout == plain.stdout
+        assert re.search(r"decode .* \d\.\d(/step| tokens a step)", given.stderr) or speculative != draft
+    for speculative, words in (("{", "it must be such as"), ('{"method": "magic"}', "it must be draft_model, ngram")):
+        refused = run(*asked, "--speculative", speculative)
+        assert refused.exit_code == 2
+        assert words in " ".join(re.sub("[│╭╮╰╯─]", "", refused.stderr).split())
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_figures_fit_the_terminal(tiny, terminal, columns):
     shown = terminal("generate", tiny, "Hello", columns=columns)
@@ -557,7 +573,7 @@ def test_pull_of_what_is_there_prints_its_path(smollm2):
 
 def test_info():
     assert isa.RUNG in run("info").stdout
-    assert re.search("qkv_projection .*bfloat16 float32", run("info", "--operators").stdout)
+    assert re.search("qkv_projection .*bf16 fp32", run("info", "--operators").stdout)
     found = json.loads(run("info", "--json", "--operators", "--roofline").stdout)
     assert found["operators"]["norm"]["REFERENCE"] == ["bfloat16", "float32"]
     assert found["operators"]["norm"]["NATIVE"] == ([] if isa.RUNG == "reference" else ["bfloat16", "float32"])

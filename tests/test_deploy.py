@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from pace.engine.speculation import SpeculationStats
 from pace.server.admission import Admission
 from pace.server.config import ServerConfig, kind_of
 from pace.server.fleet import Engine
@@ -30,6 +31,7 @@ STATS = SimpleNamespace(
     prefix_hit_rate=0.0,
     preemptions=0,
     steps=0,
+    speculation=SpeculationStats(),
 )
 
 

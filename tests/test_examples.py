@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.models.tiny import llama
 from tests.server.running import Server
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,8 @@ PRINTED = {
     "structured_output": (
         r"json: (?P<json>\{.*\})\nregex: \d{4}-\d\d\nchoice: (good|bad)\ngrammar: \d+ \+ [\d+ ]+ = \d+\n"
     ),
+    "speculative_ngram": r"nine years later\.\nthe same text: True\n\d+ of \d+ drafts were right; \d+ steps\n$",
+    "speculative_draft_model": r"the same text: True\n\d+% right, \d\.\d tokens a step\n$",
     "async_engine": r"3 requests: \{('cancelled': 1, 'length': 2|'length': 2, 'cancelled': 1)\}\n$",
 }
 # Those that ask a server.
@@ -40,9 +43,13 @@ ASKING = {
 }
 
 
-def run(script, argument):
+# Those that need more than a model.
+OTHERS = {"speculative_pard", "train_pard_draft"}
+
+
+def run(script, *arguments):
     run = subprocess.run(
-        [sys.executable, script, argument],
+        [sys.executable, script, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
@@ -60,7 +67,7 @@ def printed(smollm2):
 
 
 def test_all_scripts_are_known():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys() | ASKING.keys()
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys() | ASKING.keys() | OTHERS
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -74,6 +81,14 @@ def test_a_script(printed, name):
         assert 0 <= city["inhabitants"] <= 100_000_000
     if name == "batch":
         assert "100%" in shown.stderr  # the bar
+
+
+def test_a_pard_draft(smollm2, tmp_path):
+    """Of a model that is untrained: texts are the same."""
+    made = llama(vocab_size=49152, hidden_size=64, num_hidden_layers=1, max_position_embeddings=2048, pard_token=0)
+    made.save_pretrained(tmp_path)
+    shown = run(EXAMPLES / "speculative_pard.py", smollm2, tmp_path).stdout
+    assert re.search(r"^(the same text: True\n){3}\d+ of \d+ drafts were right\nsteps took \d\.\d\d times less", shown)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +106,7 @@ def test_a_script_that_asks_a_server(url, name):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_a_script_says_how_to_run_it(path):
-    argument = "URL" if path.stem in ASKING else "MODEL"
+    argument = "URL" if path.stem in ASKING else "MODEL"  # the first
     assert f"python examples/{path.name} [{argument}]" in ast.get_docstring(ast.parse(path.read_text()))
 
 
@@ -130,6 +145,14 @@ def test_the_notebook_of_a_server(ran):
     assert ast.literal_eval(result_of(cells["tools"]))[1].keys() == {"city", "unit"}
     assert ast.literal_eval(result_of(cells["schema"])).keys() == {"city", "is_capital"}
     assert [result_of(cells[name]) for name in ("many", "kill", "stop")] == ["True", "True", "0"]
+
+
+def test_the_notebook_of_a_server_with_drafts(ran):
+    cells = ran("speculative")
+    assert result_of(cells["ask"]) == "[True, True]"
+    figures = ast.literal_eval(result_of(cells["metrics"]))
+    assert float(figures["drafted_tokens_total"]) > float(figures["accepted_tokens_total"]) > 0
+    assert result_of(cells["stop"]) == "[0, 0]"
 
 
 def test_the_notebook(ran):

@@ -16,7 +16,7 @@ ORDER = [
     ("__init__",),
     ("server", "llm"),
     ("engine",),
-    ("speculative",),
+    ("speculative", "tuning"),
     ("config",),
     ("models",),
     ("cache",),
@@ -26,7 +26,7 @@ ORDER = [
     ("numa",),
     ("isa", "host"),
     ("_kernels", "reference"),
-    ("errors", "sysfs", "memory_policy"),
+    ("errors", "sysfs", "memory_policy", "options"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 MODULES = sorted(PACE.rglob("*.py"))

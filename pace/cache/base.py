@@ -115,8 +115,9 @@ class KVCache(ABC):
     def append(self, sequences: Sequence[int], counts: Sequence[int], tokens: Ints | None = None) -> Placement:
         """Room for counts[i] new tokens of sequences[i], each sequence once. CacheFull where there is none.
 
-        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart,
-        and is for keys that do not follow from these ids and those before alone: of images, of spans.
+        tokens: their ids end to end, (sum of counts,), for others who begin with the same; None keeps them apart.
+        Where keys and values do not follow from these ids and those before alone, as of images, the caller gives
+        numbers from which they do.
         """
 
     @abstractmethod
@@ -148,6 +149,11 @@ class KVCache(ABC):
     @abstractmethod
     def shortest(self, sequence: int) -> int:
         """The least that truncate can leave of a sequence, beside nothing: below, windows have given back too much."""
+
+    def cut(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """truncate, of several sequences, each once."""
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.truncate(sequence, length)
 
     @abstractmethod
     def fork(self, sequence: int) -> int:

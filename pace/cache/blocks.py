@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pace.ops import Attention, OperatorConfig
 from pace.reference.arrays import Array, Float
@@ -174,10 +175,22 @@ class BlockCache(KVCache):
             self._kept[:, sequence] = 0
         self._lengths[sequence] = length
 
+    def cut(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        rows, after = self._rows_of(sequences), np.array(lengths, np.int64)
+        before = self._lengths[rows]
+        # Most are cut by less than they hold beyond need, and give nothing back.
+        stay = self._hold_alike(before, after) & (after > 0) & (self._shortest(rows) <= after) & (after <= before)
+        self._lengths[rows[stay]] = after[stay]
+        super().cut(rows[~stay].tolist(), after[~stay].tolist())
+
     def shortest(self, sequence: int) -> int:
         self.length(sequence)
-        kept = self._kept[:, sequence]
-        return int(np.where(kept > 0, kept * self._window_tokens + self._windows, 0).max(initial=0))
+        return int(self._shortest(np.array([sequence]))[0])
+
+    def _shortest(self, rows: Longs) -> Longs:
+        kept = self._kept[:, rows]
+        least: Longs = np.where(kept > 0, kept * self._window_tokens + self._windows[:, None], 0).max(axis=0, initial=0)
+        return least
 
     def free(self, sequence: int) -> None:
         self.truncate(sequence, 0)
@@ -210,6 +223,11 @@ class BlockCache(KVCache):
         )
 
     # --- the work ---
+
+    def _hold_alike(self, before: Longs, after: Longs) -> NDArray[np.bool_]:
+        """Where sequences of these lengths hold the same."""
+        alike: NDArray[np.bool_] = self._blocks_of(before) == self._blocks_of(after)
+        return alike
 
     def _blocks_of(self, lengths: Count) -> Count:
         return -(-lengths // self.block_tokens)

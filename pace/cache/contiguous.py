@@ -21,6 +21,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pace.ops import OperatorConfig
 from pace.reference.store_kv import GROUP
@@ -150,6 +151,11 @@ class Contiguous(BlockCache):
             region = int(self._tables[rows[column], 0])
             self._release(region, self._windowed[i], *(int(each[i, column]) * self.least for each in (before, kept)))
         self._kept[:, rows] = kept
+
+    def _hold_alike(self, before: Longs, after: Longs) -> NDArray[np.bool_]:
+        steps = -(-before // self.least) == -(-after // self.least)
+        alike: NDArray[np.bool_] = steps & (self.room_for(before) == self.room_for(after))
+        return alike
 
     def fork(self, sequence: int) -> int:
         length, region = self.length(sequence), int(self._tables[sequence, 0])

@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from typing import cast
 
 import numpy as np
 
@@ -146,14 +147,12 @@ class SharedBlocks(BlockCache):
         """How many blocks of a window each sequence holds alone: those come free when the window leaves them."""
         kept, ends = self._kept[window, rows], self._blocks_of(self._lengths[rows])
         if not self._num_shared:
-            alone: Longs = ends - kept
-            return alone
+            return cast(Longs, ends - kept)
         columns = kept[:, None] + np.arange((ends - kept).max(initial=0))
         held = columns < ends[:, None]
         lines = rows * self._num_groups + self.groups.num_full + window
         blocks = self._tables[lines[:, None], np.where(held, columns, 0)]
-        alone = (held & (self._sharers[blocks] == self._is_known[blocks])).sum(axis=1)
-        return alone
+        return cast(Longs, (held & (self._sharers[blocks] == self._is_known[blocks])).sum(axis=1))
 
     def held_tokens(self, sequences: Sequence[int]) -> int:
         rows = np.array(sequences, np.int64)

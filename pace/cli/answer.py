@@ -80,6 +80,7 @@ class Figures:
     decode_rate: float | None
     bytes_per_second: float | None  # of weights, keys and values
     rung: str
+    tokens_a_step: float | None = None  # where drafts were taken up
 
     @classmethod
     def of(cls, llm: LLM, output: RequestOutput, started: float) -> Self:
@@ -89,14 +90,16 @@ class Figures:
         first_token = metrics.first_token - metrics.arrived
         rate = (tokens - 1) / (metrics.finished - metrics.first_token) if tokens > 1 else None
         average_length = prompt + tokens / 2
-        step_bytes = llm.model.bytes_per_step + average_length * llm.model.cache_shape.bytes_per_token
+        step_bytes = llm.model.bytes_of_step() + average_length * llm.model.cache_shape.bytes_per_token
+        a_step = (tokens - 1) / (tokens - 1 - metrics.accepted) if metrics.accepted else 1
         return cls(
             prompt_rate=prompt / first_token,
             first_token=first_token,
             first_token_from_start=metrics.first_token - started,
             decode_rate=rate,
-            bytes_per_second=rate and rate * step_bytes,
+            bytes_per_second=rate and rate / a_step * step_bytes,
             rung=isa.RUNG,
+            tokens_a_step=a_step if metrics.drafted else None,
         )
 
     def line(self, peak: float | None, width: int) -> str:
@@ -110,5 +113,8 @@ class Figures:
         parts = [f"prompt {self.prompt_rate:.0f}{unit}", f"first token {self.first_token:.2f} s{start}"]
         if self.decode_rate is not None and self.bytes_per_second is not None:
             share = f" ({self.bytes_per_second / peak:.0%}{of_memory})" if peak else ""
-            parts += [f"decode {self.decode_rate:.1f}{unit}", f"{self.bytes_per_second / 1e9:.1f} GB/s{share}"]
+            parts.append(f"decode {self.decode_rate:.1f}{unit}")
+            if self.tokens_a_step is not None:
+                parts.append(f"{self.tokens_a_step:.1f}{'/step' if brief else ' tokens a step'}")
+            parts.append(f"{self.bytes_per_second / 1e9:.1f} GB/s{share}")
         return " · ".join([*parts, self.rung])

@@ -2,9 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from pace.engine.images import NO_IMAGES, Pixels, read
 from pace.engine.sampling_params import SamplingParams
 from pace.errors import ModelError
 from pace.llm import LLM
@@ -15,6 +17,7 @@ from .terminal import complain, note
 COMMANDS = {
     "/clear": "start a new conversation",
     "/system TEXT": "tell the model who it is; without TEXT, nothing",
+    "/image FILE": "ask about an image with the next message",
     "/help": "this list",
     "/exit": "leave (Ctrl-D does too; Ctrl-C stops an answer)",
 }
@@ -26,7 +29,8 @@ class Chat:
     params: SamplingParams
     system: str = ""
     stats: bool = True
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Pixels] = field(default_factory=list)  # of the next message
 
     def __post_init__(self) -> None:
         if "default" not in self.llm.tokenizer.chat_templates:
@@ -48,17 +52,32 @@ class Chat:
         match name:
             case "/clear":
                 self.messages.clear()
+                self.images.clear()
             case "/system":
                 self.system = text
+            case "/image":
+                self._attach(text)
             case "/help":
                 for usage, meaning in COMMANDS.items():
                     note(f"{usage:<14}{meaning}")
             case _:
                 complain(f"no command {name}; there are {', '.join(usage.split()[0] for usage in COMMANDS)}")
 
+    def _attach(self, path: str) -> None:
+        processor = self.llm.model.images
+        if processor is None:
+            complain(NO_IMAGES)
+            return
+        try:
+            self.images.append(read(path.strip(), processor))
+        except (ValueError, ImportError) as error:
+            complain(str(error))
+
     def _turn(self, text: str) -> None:
         """One message and its answer. Where there is no answer, the message is forgotten."""
-        self.messages.append({"role": "user", "content": text})
+        seen = [{"type": "image", "image": image} for image in self.images]
+        self.images.clear()
+        self.messages.append({"role": "user", "content": [*seen, {"type": "text", "text": text}] if seen else text})
         answer = self._answer()
         if answer is None or not answer.text:
             self.messages.pop()
@@ -71,10 +90,11 @@ class Chat:
 
     def _answer(self) -> Answer | None:
         try:
-            prompt = self.llm.tokenizer.chat([*self._system_messages(), *self.messages])
-            if len(prompt) >= self.context:
+            prompt = self.llm.engine.intake.chat([*self._system_messages(), *self.messages])
+            length = len(prompt["prompt"] if isinstance(prompt, Mapping) else prompt)
+            if length >= self.context:
                 raise ValueError(
-                    f"the conversation has come to {len(prompt)} tokens and the context holds {self.context}: "
+                    f"the conversation has come to {length} tokens and the context holds {self.context}: "
                     "/clear starts a new one"
                 )
             return stream(self.llm, prompt, self.params)

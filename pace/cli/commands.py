@@ -4,10 +4,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pace.engine.sampling_params import SamplingParams
     from pace.engine.structured import StructuredOutputsParams
     from pace.llm import LLM
-    from pace.ops import OperatorConfig
+
+Parsed = TypeVar("Parsed")
 
 CHAT = {"temperature": 0.7, "top_p": 0.9}  # of answers, where neither the user nor the model says
 STARTED = time.perf_counter() - time.process_time()  # of the process: all it has done so far is compute
@@ -143,7 +144,15 @@ Ops = Annotated[
     typer.Option(
         rich_help_panel=_MACHINE,
         metavar="JSON",
-        help='The backend of each operator, {"mlp": "REFERENCE"}, or one name for all.',
+        help='The backend of each operator, {"mlp": "REFERENCE"}, one name for all, or a file.',
+    ),
+]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MACHINE,
+        metavar="JSON",
+        help='Guess tokens ahead, {"method": "ngram"}, or with a draft model: the same text, sooner.',
     ),
 ]
 Threads = Annotated[
@@ -180,6 +189,7 @@ def generate(
     block_tokens: BlockTokens = None,
     prefix_caching: PrefixCaching = None,
     ops: Ops = None,
+    speculative: Speculative = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
@@ -197,6 +207,7 @@ def generate(
         block_tokens=block_tokens,
         prefix_caching=prefix_caching,
         ops=ops,
+        speculative=speculative,
         threads=threads,
     )
     from .answer import Figures, stream
@@ -236,6 +247,7 @@ def chat(
     block_tokens: BlockTokens = None,
     prefix_caching: PrefixCaching = None,
     ops: Ops = None,
+    speculative: Speculative = None,
     threads: Threads = None,
     no_stats: NoStats = False,
 ) -> None:
@@ -252,6 +264,7 @@ def chat(
         block_tokens=block_tokens,
         prefix_caching=prefix_caching,
         ops=ops,
+        speculative=speculative,
         threads=threads,
     )
     from .chat import Chat
@@ -329,11 +342,10 @@ def _contents(given: str) -> str:
     return Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
 
 
-def _operators(choice: str | None) -> "OperatorConfig":
-    from pace.ops import OperatorConfig
-
+def _parsed(parse: Callable[[str | None], Parsed], choice: str | None) -> Parsed:
+    """An option's value; what is wrong with it is said as of any other."""
     try:
-        return OperatorConfig.parse(choice)
+        return parse(choice)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -349,13 +361,17 @@ def _read(prompt: str) -> str:
     return text
 
 
-def _load(model: str, *, ops: str | None, threads: int | None, **options: Any) -> "LLM":
+def _load(model: str, *, ops: str | None, speculative: str | None, threads: int | None, **options: Any) -> "LLM":
     from pace.isa import set_num_threads
     from pace.llm import LLM
+    from pace.ops import OperatorConfig
+    from pace.speculative import SpeculativeConfig
 
     if threads is not None:
         set_num_threads(threads)
-    return LLM(model, operators=_operators(ops), progress=sys.stderr.isatty(), **options)
+    options["operators"] = _parsed(OperatorConfig.parse, ops)
+    options["speculative"] = _parsed(SpeculativeConfig.parse, speculative)
+    return LLM(model, progress=sys.stderr.isatty(), **options)
 
 
 def _show(figures: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pace.server.config import ServerConfig, kind_of, read_config
+from pace.options import read_config
+from pace.server.config import ServerConfig, kind_of
 
 from .sizes import as_bytes
 

@@ -4,26 +4,30 @@ import logging
 import time
 from collections import Counter, abc
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pace.cache import CacheFull, CacheStats, KVCache
+from pace.cache.base import Ints
 from pace.models import Model
 from pace.ops import OperatorConfig
 from pace.reference.arrays import Array
 
 from .config import EngineConfig
+from .encoder import ImageEncoder
 from .intake import Intake
 from .request import Request
 from .sampler import Sampler
 from .scheduler import Batch, Scheduler
 from .sequence import Sequence
+from .speculation import Speculation, SpeculationStats
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("pace")
 
+DRAWN_ROWS = 256  # of logits at a time, of whole sequences: each is a whole vocabulary
 LOGIT_ROWS = 64  # of a prompt at a time, whose log-probabilities are asked for: a row is a whole vocabulary
 
 
@@ -45,6 +49,7 @@ class EngineStats:
     cached_tokens: int  # of those, what the cache had already
     output_tokens: int
     cache: CacheStats
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -63,12 +68,14 @@ class Engine:
         config: EngineConfig | None = None,
         operators: OperatorConfig | None = None,
         generation_config: abc.Mapping[str, Any] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model, self.cache, self.tokenizer = model, cache, tokenizer
         self.config = config or EngineConfig()
         self.intake = Intake(model, cache, tokenizer, generation_config or {}, self.config.max_batch_tokens)
-        self.scheduler = Scheduler(cache, self.config)
+        self.scheduler = Scheduler(cache, self.config, speculation)
         self._sampler = Sampler(tokenizer, operators or OperatorConfig())
+        self._images = ImageEncoder(model)
         self._requests = self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._finished: Counter[str] = Counter()
 
@@ -105,12 +112,15 @@ class Engine:
             self._end(request, "cancelled")
 
     def step(self) -> list[Request]:
-        """One forward pass; returns the requests that it brought a token or an end.
+        """One forward pass, and before it at most one image; returns the requests that it brought a token or an end.
 
         A step that raises ends the requests of its batch, with the reason, and the engine goes on. One that is
         interrupted (Ctrl-C) is as if it had not begun.
         """
         try:
+            self.scheduler.admit()
+            if (failed := self._encode_image()) is not None:
+                return [failed]
             batch = self.scheduler.next_batch()
         except CacheFull as error:  # something else holds the cache
             (sequence,) = self.scheduler.running
@@ -122,8 +132,9 @@ class Engine:
         if batch is None:
             return []
         began, told = time.perf_counter(), [batch.sequences[i] for i in batch.ready]
+        accepted: list[int] | None = None
         try:
-            self._advance(batch, told)
+            accepted = self._advance(batch, told)
         except Exception as error:
             logger.exception("a step failed: the %d sequences of its batch end with it", len(batch.sequences))
             self._fail(batch, f"{type(error).__name__}: {error}")
@@ -133,7 +144,8 @@ class Engine:
             raise
         finally:
             self.scheduler.retire(batch)
-        self.scheduler.observe(batch, time.perf_counter() - began)
+        if accepted is not None:
+            self.scheduler.observe(batch, accepted, time.perf_counter() - began)
         return self._news(told)
 
     def stats(self) -> EngineStats:
@@ -148,21 +160,76 @@ class Engine:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             cache=self.cache.stats(),
+            speculation=SpeculationStats()
+            if self.scheduler.speculation is None
+            else self.scheduler.speculation.stats(),
         )
 
     # --- a step ---
 
-    def _advance(self, batch: Batch, told: list[Sequence]) -> None:
-        """told: who draws a token, or is embedded; whose prompt turns out to be at fault is added."""
-        hidden, drawing = self.model.forward(batch.tokens, batch.placement, self.cache), batch.drawing
+    def _encode_image(self) -> Request | None:
+        """The first image that is the next of someone who runs, unless it is known. Where that fails, the request has
+        ended, and is returned.
+        """
+        encoded = False
+        for sequence in self.scheduler.running:
+            image = sequence.next_image if sequence.images else None
+            if image is None or sequence.encoded is not None:
+                continue
+            rows = self._images.known(image.pixels)
+            if rows is None and not encoded:
+                try:
+                    rows, encoded = self._images.encode(image.pixels), True
+                except Exception as error:
+                    logger.exception("an image of request %s can't be encoded", sequence.request.id)
+                    self._end(sequence.request, "error", f"{type(error).__name__}: {error}")
+                    return sequence.request
+            sequence.encoded = None if rows is None else (image, rows)
+        return None
+
+    def _advance(self, batch: Batch, told: list[Sequence]) -> list[int]:
+        """told: who draws a token, or is embedded; whose prompt turns out to be at fault is added. Returns how many
+        drafts were right, of each that decodes.
+        """
+        seen = {} if batch.placement.spans is None else {"seen": _seen(batch)}
+        hidden, drawing = self.model.forward(batch.tokens, batch.placement, self.cache, **seen), batch.drawing
         told += self._read_prompts(batch, hidden)
         self._steps += 1
-        if drawing:
-            logits = self.model.logits(hidden[batch.last_rows(drawing)])
-            self._sampler.sample(logits, [batch.sequences[i] for i in drawing])
+        accepted = [0] * batch.num_decoding
+        for indices in batch.in_parts(drawing, DRAWN_ROWS):
+            self._draw(batch, hidden, indices, accepted)
         self._pool(batch, hidden)
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            sequence.computed += count
+        for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
+            sequence.computed += 1 + accepted[i] if i < batch.num_decoding else count
+            if sequence.encoded is not None and sequence.encoded[0].begin < sequence.computed:
+                sequence.encoded = None
+        self._drop_drafts(batch, accepted)
+        return accepted
+
+    def _draw(self, batch: Batch, hidden: Array, indices: list[int], accepted: list[int]) -> None:
+        """The next token of each sequence; and as long as that is its next draft, one more. `accepted` counts them.
+
+        Row by row as without drafts, so that all that a token depends on is as it would be.
+        """
+        logits = self.model.logits(hidden[batch.drawn_rows(indices)])
+        sizes = [1 + len(batch.drafts_of(i)) for i in indices]
+        rows = dict(zip(indices, np.cumsum([0, *sizes]).tolist(), strict=False))
+        while rows:
+            drawn = logits if len(rows) == len(logits) else logits[list(rows.values())]
+            self._sampler.sample(drawn, [batch.sequences[i] for i in rows])
+            rows = {i: row + 1 for i, row in rows.items() if batch.goes_on(i, accepted)}
+            for i in rows:
+                accepted[i] += 1
+
+    def _drop_drafts(self, batch: Batch, accepted: list[int]) -> None:
+        """Those that were wrong, from the cache."""
+        wrong = {
+            sequence.slot: sequence.computed
+            for sequence, drafts, right in zip(batch.sequences, batch.drafts, accepted, strict=False)
+            if right < len(drafts) and sequence.slot is not None
+        }
+        if wrong:
+            self.cache.cut(list(wrong), list(wrong.values()))
 
     def _read_prompts(self, batch: Batch, hidden: Array) -> list[Sequence]:
         """Log-probabilities of the prompts that went through the model, where they are asked for. Returns those that
@@ -234,3 +301,17 @@ class Engine:
         self._prompt_tokens += len(request.prompt_token_ids)
         self._cached_tokens += request.cached_tokens or 0
         self._output_tokens += request.num_output_tokens
+
+
+def _seen(batch: Batch) -> tuple[Ints, Array]:
+    """Which tokens of a batch stand for images, and what they are to the model, for Model.forward."""
+    indices, rows = [], []
+    for sequence, start, count in zip(batch.sequences, batch.placement.starts, batch.counts, strict=False):
+        if sequence.encoded is None:
+            continue
+        image, encoded = sequence.encoded
+        at = image.begin - sequence.computed
+        if at < count:
+            indices.append(np.arange(start + at, start + at + len(encoded), dtype=np.int32))
+            rows.append(encoded)
+    return np.concatenate(indices), np.concatenate(rows)

@@ -14,6 +14,8 @@ from pace.cache import KVCache
 from pace.errors import ModelError
 from pace.models import Model
 
+from .images import NO_IMAGES, Message, PlacedImage, Source, expanded, place, read, taken
+from .keys import Stretch
 from .pooling import Pool, PoolingParams
 from .request import Request
 from .sampling_params import SamplingParams, as_token_ids, model_defaults
@@ -22,7 +24,8 @@ from .stopping import TextStream
 from .structured import Grammars, Matcher
 from .tokenizer import Detokenizer, Tokenizer
 
-Prompt = str | abc.Sequence[int]
+# A text, token ids, or {"prompt": either, "images": […]}.
+Prompt = str | abc.Sequence[int] | abc.Mapping[str, Any]
 
 
 class Intake:
@@ -48,9 +51,14 @@ class Intake:
         )
         named = as_token_ids(generation_config.get("eos_token_id")) or tokenizer.eos_token_ids
         self.end_tokens = frozenset(token for token in named if 0 <= token < model.vocabulary)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._images = tokenizer, model.images
+        beyond = model.stretched_beyond
+        self._stretch = None if beyond is None else Stretch(beyond, model.stretched_whole)
         self._capacity = cache.stats().capacity_tokens
-        self._tokens_needed = partial(cache.tokens_needed, chunk=max_batch_tokens)
+        chunk = max_batch_tokens
+        if chunk is not None and model.images is not None:
+            chunk = max(chunk, model.images.tokens_per_image)  # an image goes through whole
+        self._tokens_needed = partial(cache.tokens_needed, chunk=chunk)
         lengths = range(self.max_positions + 1)
         self._longest = bisect_right(lengths, self._capacity, key=self._tokens_needed) - 1  # that the cache holds
         self._grammars = Grammars(tokenizer, model.vocabulary, self.end_tokens)
@@ -65,7 +73,7 @@ class Intake:
         cache with what is asked for; and for parameters that this model can't follow.
         """
         params = (params or SamplingParams()).with_defaults(self.defaults)
-        tokens = self._encoded(prompt)
+        tokens, images = self._read(prompt)
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.vocabulary:
                 raise ValueError(f"{name} is {getattr(params, name)}; the vocabulary has {self.vocabulary} tokens")
@@ -75,7 +83,10 @@ class Intake:
         def sequence(number: int) -> Sequence:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens, follows_text=True)
             stream = TextStream(detokenizer, params.stop, params.include_stop_str_in_output)
-            return Sequence(number, tokens, params, max_tokens, ends, stream, bias, bad_words, self._matcher(params))
+            matcher = self._matcher(params)
+            return Sequence(
+                number, tokens, params, max_tokens, ends, stream, bias, bad_words, matcher, images, self._stretch
+            )
 
         sequences = [sequence(number) for number in range(params.num_texts)]
         return self._request(prompt, sequences, priority, request_id)
@@ -89,9 +100,9 @@ class Intake:
         """
         if not isinstance(params, PoolingParams | None):
             raise ValueError(f"pooling_params is {params!r}; it must be PoolingParams, or None")
-        tokens, unused = self._encoded(prompt), SamplingParams().with_defaults({})
-        stream = TextStream(Detokenizer(self._tokenizer), (), include_stop=False)
-        sequence = Sequence(0, tokens, unused, self._room(len(tokens), 0), frozenset(), stream, {})
+        (tokens, images), unused = self._read(prompt), SamplingParams().with_defaults({})
+        stream, room = TextStream(Detokenizer(self._tokenizer), (), include_stop=False), self._room(len(tokens), 0)
+        sequence = Sequence(0, tokens, unused, room, frozenset(), stream, {}, images=images, stretch=self._stretch)
         return self._request(prompt, [sequence], priority, request_id, Pool(params or PoolingParams()))
 
     def _request(
@@ -104,9 +115,10 @@ class Intake:
     ) -> Request:
         if not isinstance(priority, Integral):
             raise ValueError(f"priority is {priority!r}; it must be an integer")
+        text = prompt["prompt"] if isinstance(prompt, abc.Mapping) else prompt
         return Request(
             id=str(next(self._ids)) if request_id is None else request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=text if isinstance(text, str) else None,
             prompt_token_ids=sequences[0].ids[:],
             params=sequences[0].params,
             sequences=sequences,
@@ -114,12 +126,33 @@ class Intake:
             pool=pool,
         )
 
-    def _encoded(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens, of which there are some."""
-        tokens = self.token_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "the prompt")
+    def chat(self, messages: abc.Sequence[Message], **template: Any) -> Prompt:
+        """The prompt of a chat, whose content may have images; what else is named goes to the template.
+
+        ValueError for images that can't be read, or that the model does not take.
+        """
+        plain, sources = taken(messages)
+        if not sources:
+            return self._tokenizer.chat(plain, **template)
+        if self._images is None:
+            raise ValueError(NO_IMAGES)
+        text = expanded(self._tokenizer.chat_text(plain, **template), len(sources), self._images)
+        images = [read(source, self._images) for source in sources]
+        return {"prompt": self._tokenizer.encode(text, add_special_tokens=False), "images": images}
+
+    def _read(self, prompt: Prompt) -> tuple[list[int], tuple[PlacedImage, ...]]:
+        """A prompt's tokens, of which there are some, and the images among them."""
+        text, sources = _parted(prompt) if isinstance(prompt, abc.Mapping) else (prompt, [])
+        if sources and self._images is None:
+            raise ValueError(NO_IMAGES)
+        if self._images is not None and isinstance(text, str):
+            text = expanded(text, len(sources), self._images)
+        tokens = self.token_ids(self._tokenizer.encode(text) if isinstance(text, str) else text, "the prompt")
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
-        return tokens
+        if self._images is None:
+            return tokens, ()
+        return tokens, place(tokens, [read(source, self._images) for source in sources], self._images)
 
     def token_ids(self, tokens: abc.Iterable[int], where: str) -> list[int]:
         """Of a list, also of NumPy's integers, or of a NumPy array or a torch tensor. ValueError for ids that the
@@ -171,6 +204,12 @@ class Intake:
                 f"{least} tokens do not fit the cache's {capacity}: give kv_cache_bytes of {needed} or more"
             )
         return min(wanted, self._longest - prompt_tokens)
+
+
+def _parted(prompt: abc.Mapping[str, Any]) -> tuple[str | abc.Sequence[int], abc.Sequence[Source]]:
+    if prompt.keys() != {"prompt", "images"} or not isinstance(prompt["images"], list | tuple):
+        raise ValueError(f'a prompt has {sorted(prompt)}; it must be {{"prompt": …, "images": [ … ]}}')
+    return prompt["prompt"], prompt["images"]
 
 
 def _as_id(token: int) -> int:

@@ -30,6 +30,25 @@ class Metrics:
     arrived: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
+    # With speculation, of all texts: drafts, those of them that were right, and steps of a text that had any.
+    drafted: int = 0
+    accepted: int = 0
+    verifications: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens that a step with drafts brought, the one among them that is drawn in any case."""
+        return 1 + self.accepted / self.verifications if self.verifications else None
+
+    def add_drafts(self, drafted: int, accepted: int) -> None:
+        """Of one text in one step."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.verifications += 1
 
 
 @dataclass(frozen=True)

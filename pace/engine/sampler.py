@@ -33,7 +33,7 @@ class Sampler:
         sampled = self._sampling(
             logits,
             np.frombuffer(b"".join([sequence.row for sequence in sequences]), SAMPLING_DTYPE),
-            np.array([0.0 if s.params.temperature == 0 else s.uniform() for s in sequences]),
+            np.array([sequence.uniforms(1)[0] for sequence in sequences]),
             history(sequences),
             biases(sequences),
             most_asked(sequences),

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pace.reference.arrays import Array
+
+from .images import PlacedImage
+from .keys import Stretch
 from .sampling_params import SamplingParams
 from .stopping import TextStream
 from .structured import Matcher
@@ -40,9 +44,10 @@ class Seen:
 
 
 class Sequence:
-    """`computed` of `ids` have their keys and values in the cache, as sequence `slot` of it.
+    """`computed` of `ids` have their keys and values in the cache, as its sequence `slot`, known by `keys`.
 
-    Between steps a sequence that runs has at least one token that is not computed: its last.
+    Between steps a sequence that runs has at least one token that is not computed: its last. An image's tokens are
+    computed together or not at all.
     """
 
     def __init__(
@@ -56,8 +61,12 @@ class Sequence:
         bias: Mapping[int, float],
         bad_words: Iterable[tuple[int, ...]] = (),
         matcher: Matcher | None = None,
+        images: tuple[PlacedImage, ...] = (),
+        stretch: Stretch | None = None,
     ) -> None:
-        """bias: what is added to logits, for good. bad_words: tokens of which the last is not said after the others."""
+        """bias: what is added to logits, for good. bad_words: tokens of which the last is not said after the others.
+        images: in the order of the prompt. stretch: what the model does to long texts.
+        """
         self.index, self.params, self.max_tokens, self.end_tokens = index, params, max_tokens, end_tokens
         self.request: Request
         self.ids, self.num_prompt = prompt[:], len(prompt)
@@ -65,8 +74,12 @@ class Sequence:
         self._bias, self._bias_arrays = bias, _arrays(bias)
         self.row = params.row()
         self._generator = np.random.Generator(np.random.Philox(_seeds(params.seed, index)))
-        self._uniform: float | None = None
+        self._uniforms: list[float] = []  # drawn ahead of their tokens
         self.seen = Seen(prompt) if params.penalises else None
+        self.images, self.stretch = images, stretch
+        self.first_length = len(prompt)  # of the text, when its first token went through the model
+        self.keys = self._keys() if images or stretch is not None else self.ids
+        self.encoded: tuple[PlacedImage, Array] | None = None  # an image that is not computed, and its rows
         self.computed = 0
         self.slot: int | None = None
         self.token_ids: list[int] = []
@@ -76,9 +89,70 @@ class Sequence:
         self.stop_reason: int | str | None = None
 
     @property
+    def origin(self) -> "Sequence":
+        """The first text of its request."""
+        return self.request.sequences[0]
+
+    @property
     def pending(self) -> int:
         """Tokens that have not been through the model."""
         return len(self.ids) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on with one token, which is no image's."""
+        return len(self.ids) - self.computed == 1 and not (self.images and self.next_image)
+
+    @property
+    def next_image(self) -> PlacedImage | None:
+        """The first that is not computed."""
+        return next((image for image in self.images if image.begin >= self.computed), None)
+
+    def piece(self, most: int) -> int:
+        """How many tokens go through the model next, if there is room for so many: up to the next image that is not
+        encoded. Where the room ends within an image, the tokens before it, or else all of it.
+        """
+        end = min(self.computed + most, len(self.ids))
+        for image in self.images:
+            if self.computed <= image.begin < end:
+                encoded = self.encoded is not None and self.encoded[0] is image
+                if encoded and (image.end <= end or image.begin == self.computed):
+                    end = max(end, image.end)
+                else:
+                    end = image.begin
+        return end - self.computed
+
+    def whole(self, length: int) -> int:
+        """The most tokens up to `length` that cut no image."""
+        return next((image.begin for image in self.images if image.begin < length < image.end), length)
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether all of it must be computed anew, because it has grown so long."""
+        return (
+            self.stretch is not None and self.stretch.whole and self.first_length <= self.stretch.beyond < len(self.ids)
+        )
+
+    def begin_anew(self) -> None:
+        """As a text of the length that it has now."""
+        self.first_length = len(self.ids)
+        self.keys = self._keys()
+
+    def _keys(self) -> list[int]:
+        keys = self.ids[:]
+        for image in self.images:
+            keys[image.begin : image.end] = image.keys
+        return self._stretched(keys, 0)
+
+    def keys_behind(self, tokens: Iterable[int]) -> list[int]:
+        """What the cache would know these by, if they came next."""
+        return self._stretched(list(tokens), len(self.keys))
+
+    def _stretched(self, keys: list[int], begin: int) -> list[int]:
+        """Of the tokens from `begin` on."""
+        if self.stretch is None:
+            return keys
+        return [self.stretch.key(key, max(self.first_length, at)) for at, key in enumerate(keys, begin + 1)]
 
     @property
     def most_tokens(self) -> int:
@@ -107,18 +181,22 @@ class Sequence:
     def _ends_with(self, tokens: tuple[int, ...]) -> bool:
         return tuple(self.ids[len(self.ids) - len(tokens) :]) == tokens
 
-    def uniform(self) -> float:
-        """What the next token is drawn with: the same until there is one, also where a step is interrupted."""
-        if self._uniform is None:
-            self._uniform = self._generator.random()
-        return self._uniform
+    def uniforms(self, count: int) -> list[float]:
+        """What the next tokens are drawn with: the same until they are there, also where a step is interrupted."""
+        if self.params.temperature == 0:
+            return [0.0] * count
+        while len(self._uniforms) < count:
+            self._uniforms.append(self._generator.random())
+        return self._uniforms[:count]
 
     def accept(self, token: int) -> None:
         """One more token of output, which may be the last."""
-        self._uniform = None
+        del self._uniforms[:1]
         if self.request.metrics.first_token is None:
             self.request.metrics.first_token = time.perf_counter()
         self.ids.append(token)
+        if self.keys is not self.ids:
+            self.keys += self.keys_behind([token])
         self.token_ids.append(token)
         if self.seen is not None:
             self.seen.add(token)

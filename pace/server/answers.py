@@ -141,13 +141,22 @@ async def _in_time(exchange: Exchange, gone: "asyncio.Future[None]", work: Await
             await asyncio.gather(task, return_exceptions=True)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    return {
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, drafted: int = 0, accepted: int = 0
+) -> dict[str, Any]:
+    """Drafts are shown where there were any; completion_tokens has those that were accepted, and no others."""
+    shown: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+    if drafted:
+        shown["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        }
+    return shown
 
 
 class Counts:
@@ -155,14 +164,15 @@ class Counts:
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self._prompts = sum(map(len, prompts))
-        self._latest: dict[int, tuple[int, int]] = {}
+        self._latest: dict[int, tuple[int, int, int, int]] = {}
 
-    def see(self, number: int, completion_tokens: int, cached_tokens: int) -> None:
-        self._latest[number] = completion_tokens, cached_tokens
+    def see(self, number: int, progress: Progress, written: bool = True) -> None:
+        """written: whether the text is an answer, and not the prompt alone."""
+        completion = progress.completion_tokens if written else 0
+        self._latest[number] = completion, progress.cached_tokens, progress.drafted, progress.accepted
 
     def usage(self) -> dict[str, Any]:
-        completion, cached = (sum(values) for values in zip((0, 0), *self._latest.values(), strict=True))
-        return usage(self._prompts, completion, cached)
+        return usage(self._prompts, *map(sum, zip((0, 0, 0, 0), *self._latest.values(), strict=True)))
 
 
 def prompt_logprobs(progress: Progress) -> list[dict[str, Any] | None]:

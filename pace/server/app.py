@@ -111,7 +111,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
                 text = body.prompt if body.prompt is not None else body.content or ""
             else:
                 use = tool_use(body.tools)
-                text = render(service, body.messages, use, add_generation_prompt=body.add_generation_prompt)
+                text, _ = render(service, body.messages, use, add_generation_prompt=body.add_generation_prompt)
             tokens = tokenizer.encode(text, body.special)
         pieces = list(map(tokenizer.piece, tokens)) if body.with_pieces or body.return_token_strs else []
         found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_positions}
@@ -200,7 +200,7 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "pace",
         "root": service.config.model,
         "max_model_len": service.max_positions,
-        "modalities": ["text"],
+        "modalities": ["text"] if service.images is None else ["text", "image"],
     }
 
 

@@ -3,16 +3,19 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pace.engine.chat_template import variables
+from pace.engine.images import NO_IMAGES, Source, expanded, read, taken
 from pace.engine.request import Logprob
 from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
+from .admission import BYTES_PER_TOKEN
 from .answers import Counts, answer, check_end, prompt_logprobs, with_errors
 from .chat.parser import Delta, Parser
 from .chat.prompts import prompt_messages, text_of
@@ -26,10 +29,23 @@ from .service import Exchange, Service, as_api_errors, begin
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
-    texts, size = max(body.n or 1, body.best_of or 1), sum(len(str(each.content or "")) for each in body.messages)
-    exchange = begin(service, "chat", request, body, texts, size)
+    texts = max(body.n or 1, body.best_of or 1)
+    exchange = begin(service, "chat", request, body, texts, _size(service, body))
     job = _Chat(exchange, body)
     return await answer(exchange, request.receive, with_errors(job.events()) if body.stream else None, job.whole)
+
+
+def _size(service: Service, body: ChatRequest) -> int:
+    """Of the prompt, in bytes of text. APIError for images that can't be taken."""
+    images = sum(each.images for each in body.messages)
+    if images and service.images is None:
+        raise APIError(400, NO_IMAGES, param="messages")
+    if images > (most := service.config.max_images):
+        raise APIError(400, f"the messages have {images} images; max_images is {most}", param="messages")
+    if images and body.truncate_prompt_tokens:
+        raise APIError(400, "a prompt with images can't be truncated", param="truncate_prompt_tokens")
+    tokens = images * service.images.tokens_per_image if service.images is not None else 0
+    return sum(each.characters for each in body.messages) + tokens * BYTES_PER_TOKEN
 
 
 class _Chat:
@@ -99,10 +115,13 @@ class _Chat:
     async def _news(self, whole: bool) -> AsyncGenerator[tuple[int, Progress]]:
         self.use = tool_use(self.body.tools, self.body.tool_choice, self.body.parallel_tool_calls is not False)
         params = self._params()
-        self.prompt = await asyncio.to_thread(self._encode, params)
+        async with self.service.decoding if any(each.images for each in self.body.messages) else nullcontext():
+            self.prompt, images = await asyncio.to_thread(self._encode, params)
         self.counts = Counts([self.prompt])
-        async for number, progress in self.exchange.generate([self.prompt], [params], self.body.priority, whole):
-            self.counts.see(number, progress.completion_tokens, progress.cached_tokens)
+        async for number, progress in self.exchange.generate(
+            [self.prompt], [params], self.body.priority, whole, images
+        ):
+            self.counts.see(number, progress)
             for piece in progress.pieces:
                 check_end(piece)
             yield number, progress
@@ -118,15 +137,20 @@ class _Chat:
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         return body.sampling(max_tokens=most, logprobs=(body.top_logprobs or 0) if body.logprobs else None, **changes)
 
-    def _encode(self, params: SamplingParams) -> list[int]:
+    def _encode(self, params: SamplingParams) -> tuple[list[int], list[bytes]]:
+        """The prompt's tokens, and its images as Generate has them."""
         self.formed = params.structured_outputs is not None
         messages, goes_on = self.body.messages, self.body.continue_final_message
         arguments = self._template_arguments(params.structured_outputs)
-        text = render(self.service, _marked(messages) if goes_on else messages, self.use, **arguments)
+        text, sources = render(self.service, _marked(messages) if goes_on else messages, self.use, **arguments)
         self.text = _up_to_mark(text) if goes_on else text
-        tokens = self.service.tokenizer.encode(self.text, add_special_tokens=False)
-        last = self.body.truncate_prompt_tokens
-        return tokens[-last:] if last else tokens
+        processor, tokens = self.service.images, self.service.tokenizer.encode(self.text, add_special_tokens=False)
+        if processor is None or not sources:
+            last = self.body.truncate_prompt_tokens
+            return tokens[-last:] if last else tokens, []
+        self.exchange.check_lengths([tokens])  # before an image is looked at
+        most = self.service.config.max_image_pixels
+        return tokens, [read(source, processor, most).values.tobytes() for source in sources]
 
     def _template_arguments(self, formed: StructuredOutputsParams | None) -> dict[str, Any]:
         """APIError for what the model's template would pass over."""
@@ -218,14 +242,18 @@ def _written(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def render(service: Service, messages: list[Message], use: ToolUse, /, **arguments: Any) -> str:
-    """The text of a chat. ValueError where the template refuses it."""
-    for message in messages:
-        if isinstance(message.content, list) and any(part.type == "image_url" for part in message.content):
-            raise APIError(400, "the model takes text, and no images", param="messages")
-    plain = [message.model_dump(exclude_none=True) for message in messages]
+def render(service: Service, messages: list[Message], use: ToolUse, /, **arguments: Any) -> tuple[str, list[Source]]:
+    """The text of a chat, with the tokens of each image where it stands, and the images. ValueError where the template
+    refuses it, and for images that are not in it.
+    """
+    plain, sources = taken([message.model_dump(exclude_none=True) for message in messages])
+    if sources and service.images is None:
+        raise APIError(400, NO_IMAGES, param="messages")
     chat, tools = prompt_messages(plain, use.shown, service.format)
-    return service.tokenizer.chat_text(chat, tools=tools, **arguments)
+    text = service.tokenizer.chat_text(chat, tools=tools, **arguments)
+    if service.images is not None and sources:
+        text = expanded(text, len(sources), service.images)
+    return text, sources
 
 
 def template_variables(service: Service) -> set[str]:

@@ -69,7 +69,7 @@ class _Completion:
         async for number, progress in self.exchange.generate(
             self.prompts, [params] * len(self.prompts), body.priority, whole
         ):
-            self.counts.see(number, progress.completion_tokens if body.max_tokens != 0 else 0, progress.cached_tokens)
+            self.counts.see(number, progress, written=body.max_tokens != 0)
             for piece in progress.pieces:
                 check_end(piece)
             yield number, progress

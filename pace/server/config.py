@@ -40,11 +40,16 @@ class ServerConfig:
         None, "How it writes its thinking; else as its chat template shows.", "Answers"
     )
     max_texts: int = _flag(64, "Of one request: its prompts times n or best_of.", "Answers")
+    max_images: int = _flag(16, "Of one request.", "Answers")
+    max_image_pixels: int = _flag(1 << 26, "Of an image as it comes; larger ones are refused.", "Answers")
     engines: str = _flag("auto", "How many engine processes; auto: one a NUMA node.", "Machine")
     cores: str | None = _flag(None, 'The CPUs of each engine, such as "0-31;32-63".', "Machine")
     threads: int | None = _flag(None, "Of each engine; else one a core.", "Machine")
     dtype: str = _flag("auto", "bfloat16, float32, or auto: the checkpoint's own.", "Machine")
     ops: str | None = _flag(None, 'The backend of each operator, {"mlp": "REFERENCE"}, or one for all.', "Machine")
+    speculative: str | None = _flag(
+        None, 'Guess tokens ahead: {"method": "ngram"}, or with a draft model. Answers stay the same.', "Machine"
+    )
     stall_seconds: float = _flag(600.0, "For which an engine may be silent before it is started anew.", "Machine")
     cache: str = _flag("SLAB_POOL", "SLAB_POOL, PAGED, BMC or DYNAMIC.", "Cache and queue")
     kv_cache_bytes: int | None = _flag(
@@ -71,16 +76,19 @@ class ServerConfig:
         if not self.model:
             raise ValueError("no model is named: give MODEL, or `model` in the configuration file")
         from pace.engine.loader import check_cache  # heavy, as what else is imported here
+        from pace.speculative import SpeculativeConfig
 
         from .chat.formats import Format, override
 
         check_cache(self.cache, self.block_tokens)
+        SpeculativeConfig.parse(self.speculative)
         override(Format(), self.tool_parser, self.reasoning_parser)
         EngineConfig(**self.limits)
         if self.engines != "auto" and not (self.engines.isdecimal() and int(self.engines) > 0):
             raise ValueError(f"engines is {self.engines!r}; it must be a number, or auto")
-        for name in ("port", "max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "drain_seconds"):
-            if getattr(self, name) < (0 if name in ("port", "drain_seconds") else 1):
+        counts = ("max_waiting", "max_waiting_tokens", "max_body_bytes", "max_texts", "max_images", "max_image_pixels")
+        for name in ("port", "drain_seconds", *counts):
+            if getattr(self, name) < (1 if name in counts else 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("request_seconds", "stall_seconds"):
             if not getattr(self, name) > 0:
@@ -126,34 +134,17 @@ class ServerConfig:
         for name in ("api_key", "cors_origin"):
             if isinstance(given := named.get(name), str | list):
                 named[name] = (given,) if isinstance(given, str) else tuple(given)
-        if isinstance(named.get("ops"), Mapping):
-            import json
+        for name in ("ops", "speculative"):
+            if isinstance(named.get(name), Mapping):
+                import json
 
-            named["ops"] = json.dumps(named["ops"])
+                named[name] = json.dumps(named[name])
         return cls(**named)
 
     def as_dict(self) -> dict[str, Any]:
         """What --print-config shows: all but secrets."""
         shown = {each.name: getattr(self, each.name) for each in fields(self) if each.metadata.get("kind") != "secret"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The options in a TOML file, or a YAML one. ValueError for what is neither."""
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        if path.endswith(".toml"):
-            import tomllib
-
-            return tomllib.loads(text)
-        import yaml
-
-        values = yaml.safe_load(text) or {}
-    except Exception as error:  # each library has its own
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no options: write lines such as `port: 8000`")
-    return values
 
 
 def kind_of(each: "Field[Any]") -> type:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import uvicorn
 
 from pace import host, isa
 from pace.engine.tokenizer import Tokenizer
-from pace.models import max_positions, open_checkpoint
+from pace.models import Checkpoint, images_of, max_positions, open_checkpoint
 from pace.models.hub import resolve
 from pace.numa import Place, allowed, topology
 from pace.ops import OperatorConfig
@@ -31,6 +32,8 @@ from .node import NodeSettings
 from .service import Service
 
 if TYPE_CHECKING:
+    from pace.models.images import ImageProcessor
+
     from .tracing import Tracing
 
 logger = logging.getLogger("pace")
@@ -93,7 +96,7 @@ def open_service(config: ServerConfig, groups: list[list[Place | None]]) -> Serv
     """
     path = resolve(config.model)
     with open_checkpoint(path) as checkpoint:
-        positions = max_positions(checkpoint)
+        positions, images = max_positions(checkpoint), _images_of(checkpoint)
     tokenizer = Tokenizer.load(path)
     format = override(format_of(tokenizer), config.tool_parser, config.reasoning_parser)
     config.keys  # noqa: B018 (said now, if it can't be read)
@@ -101,7 +104,15 @@ def open_service(config: ServerConfig, groups: list[list[Place | None]]) -> Serv
     admission = Admission(config.max_waiting, config.max_waiting_tokens)
     fleet = Fleet(_settings(config, groups), groups, _caches_prefixes(config), config.stall_seconds)
     metrics = Metrics(fleet.engines, admission)
-    return Service(config, tokenizer, format, fleet, admission, metrics, positions, tracing)
+    return Service(config, tokenizer, format, fleet, admission, metrics, positions, images, tracing)
+
+
+def _images_of(checkpoint: Checkpoint) -> "ImageProcessor | None":
+    images = images_of(checkpoint)
+    if images is not None and importlib.util.find_spec("PIL") is None:
+        logger.warning("images are refused, since they need Pillow: pip install 'pace[images]'")
+        return None
+    return images
 
 
 def _tracing(endpoint: str) -> "Tracing":
@@ -127,7 +138,8 @@ def _settings(config: ServerConfig, groups: list[list[Place | None]]) -> NodeSet
         **config.limits,
     }
     count = sum(map(len, groups))
-    return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    return NodeSettings(config.model, config.dtype, config.ops, None, engine, count, progress, config.speculative)
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pace.engine.engine import EngineStats
+from pace.engine.speculation import SpeculationStats
 
 from .admission import Admission
 from .fleet import Engine
@@ -114,6 +115,11 @@ class _Engines(Collector):
             (GaugeMetricFamily, "prefix_hit_ratio", "Of prompts' tokens.", self._known(lambda s: s.prefix_hit_rate)),
             (CounterMetricFamily, "preemptions", "Texts put back to the queue.", self._known(lambda s: s.preemptions)),
             (CounterMetricFamily, "engine_steps", "Forward passes.", self._known(lambda s: s.steps)),
+            (CounterMetricFamily, "drafted_tokens", "Guessed ahead.", self._drafts(lambda s: s.drafted)),
+            (CounterMetricFamily, "accepted_tokens", "Of these, right.", self._drafts(lambda s: s.accepted)),
+            (CounterMetricFamily, "verifications", "Of a text's drafts.", self._drafts(lambda s: s.verifications)),
+            (CounterMetricFamily, "proposing_seconds", "Of drafts.", self._drafts(lambda s: s.proposing_seconds)),
+            (GaugeMetricFamily, "speculation_speed_up", "Of steps.", self._drafts(lambda s: s.speed_up)),
         ):
             family = kind(f"pace_{name}", text, labels=["engine"])
             for index, value in values:
@@ -125,6 +131,9 @@ class _Engines(Collector):
 
     def _known(self, value: Callable[[EngineStats], float]) -> Iterable[tuple[int, float]]:
         return [(engine.index, value(engine.stats)) for engine in self._engines if engine.stats is not None]
+
+    def _drafts(self, value: Callable[[SpeculationStats], float]) -> Iterable[tuple[int, float]]:
+        return self._known(lambda stats: value(stats.speculation))
 
 
 def _used(stats: EngineStats) -> float:

@@ -37,6 +37,7 @@ class NodeSettings(msgspec.Struct, frozen=True):
     engine: dict[str, Any]  # the arguments of LoadedModel.engine
     engines: int = 1  # of all nodes, which share the memory
     progress: bool = False
+    speculative: str | None = None
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -97,7 +98,7 @@ def main() -> None:
 def _load(settings: NodeSettings) -> LoadedModel:
     if settings.place is not None:
         occupy(settings.place)
-    return load_shared(settings.model, settings.dtype, settings.operators, settings.progress)
+    return load_shared(settings.model, settings.dtype, settings.operators, settings.progress, settings.speculative)
 
 
 class _Node:

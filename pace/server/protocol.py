@@ -15,12 +15,15 @@ from pace.engine.structured import StructuredOutputsParams
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
-    """`params` are SamplingParams' fields, those that are not its defaults."""
+    """`params` are SamplingParams' fields, those that are not its defaults. images: the values of Pixels, as bytes, so
+    that nothing of a file can go wrong in an engine.
+    """
 
     id: str
     prompt: list[int]
     params: dict[str, Any]
     priority: int = 0
+    images: list[bytes] = []
 
 
 class Embed(msgspec.Struct, tag=True, frozen=True):
@@ -70,6 +73,8 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     cached_tokens: int
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the last
+    drafted: int = 0
+    accepted: int = 0  # of the drafts
 
 
 class Embedded(msgspec.Struct, tag=True, frozen=True):

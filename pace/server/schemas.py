@@ -251,11 +251,18 @@ class ToolCallMessage(Schema):
     index: int | None = None
 
 
+class ImageURL(Schema):
+    url: str
+    """The image itself, data:image/png;base64,…: nothing is fetched."""
+    detail: Literal["auto", "low", "high"] | None = None
+    """Whichever is said: a model sees images in one size."""
+
+
 class ContentPart(Schema):
     type: Literal["text", "refusal", "image_url"]
     text: str | None = None
     refusal: str | None = None
-    image_url: dict[str, Any] | None = None
+    image_url: ImageURL | None = None
 
     @model_validator(mode="after")
     def _holds_its_type(self) -> "ContentPart":
@@ -283,7 +290,21 @@ class Message(Schema):
     def _says_something(self) -> "Message":
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role} needs content")
+        if self.images and self.role != "user":
+            raise ValueError(f"a message of role {self.role} has an image; only a user's may")
         return self
+
+    @property
+    def characters(self) -> int:
+        """Of its text."""
+        if isinstance(self.content, list):
+            return sum(len(part.text or part.refusal or "") for part in self.content)
+        return len(self.content or "")
+
+    @property
+    def images(self) -> int:
+        parts = self.content if isinstance(self.content, list) else []
+        return sum(part.type == "image_url" for part in parts)
 
 
 class ChatRequest(Sampled):

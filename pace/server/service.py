@@ -24,9 +24,13 @@ from .protocol import Embed, Embedded, Generate, Progress, fields_of
 from .schemas import EmbeddingRequest, Sampled, field_of
 
 if TYPE_CHECKING:
+    from pace.models.images import ImageProcessor
+
     from .tracing import Span, Tracing
 
 logger = logging.getLogger("pace.requests")
+
+DECODED_AT_ONCE = 2  # requests with images: texts find a thread beside them, and memory is bounded
 
 Prompt = str | list[int]
 Asked = Sampled | EmbeddingRequest
@@ -43,7 +47,9 @@ class Service:
     admission: Admission
     metrics: Metrics
     max_positions: int
+    images: "ImageProcessor | None"  # of a model that sees
     tracing: "Tracing | None" = None
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODED_AT_ONCE))
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -81,12 +87,17 @@ class Exchange:
     _answers: dict[tuple[int, int], str] = field(default_factory=dict)  # by prompt and text, where they are logged
 
     async def generate(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int, whole: bool
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        priority: int,
+        whole: bool,
+        images: Sequence[bytes] = (),
     ) -> AsyncGenerator[tuple[int, Progress]]:
-        """The news of all prompts as they come, each with its prompt's number."""
-        self._check_lengths(prompts)
+        """The news of all prompts as they come, each with its prompt's number. images: those of each prompt."""
+        self.check_lengths(prompts)
         wishes = [
-            Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority)
+            Generate(f"{self.request_id}.{i}", prompt, fields_of(each), priority, list(images))
             for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
         self._see_prompts(prompts)
@@ -103,13 +114,15 @@ class Exchange:
                     self._see_pieces(number, progress)
                     if progress.finished:
                         self.count(output_tokens=progress.completion_tokens, cached_tokens=progress.cached_tokens)
+                        if progress.drafted:
+                            self.count(drafted=progress.drafted, accepted=progress.accepted)
                     yield number, progress
         except RequestRefused as error:
             form = isinstance(self.body, Sampled) and self.body.form  # as the client calls it
             raise RequestRefused(str(error).replace("structured_outputs", form or "tools")) from None
 
     async def embed(self, prompts: Sequence[list[int]], params: PoolingParams, priority: int) -> list[Embedded]:
-        self._check_lengths(prompts)
+        self.check_lengths(prompts)
         self._see_prompts(prompts)
         fields = {"pooling": params.pooling, "normalize": params.normalize}
         tasks = [
@@ -124,7 +137,7 @@ class Exchange:
             for task in tasks:
                 task.cancel()
 
-    def _check_lengths(self, prompts: Sequence[list[int]]) -> None:
+    def check_lengths(self, prompts: Sequence[list[int]]) -> None:
         """ValueError, as an engine would say it, for a prompt that is so long that to read it would keep the engine."""
         for prompt in prompts:
             if len(prompt) > (most := self.service.max_positions):

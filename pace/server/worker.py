@@ -12,9 +12,12 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import numpy as np
 import zmq
 
 from pace.engine.engine import Engine, QueueFull
+from pace.engine.images import Pixels
+from pace.engine.intake import Prompt
 from pace.engine.pooling import PoolingParams
 from pace.engine.request import Request
 
@@ -110,7 +113,13 @@ class _Worker:
         if isinstance(wish, Embed):
             return intake.embedding(wish.prompt, PoolingParams(**wish.params), wish.priority, wish.id)
         assert not isinstance(wish, Cancel)
-        return intake.request(wish.prompt, sampling_params(wish.params), wish.priority, wish.id)
+        prompt: Prompt = wish.prompt
+        if wish.images:
+            assert self.engine.model.images is not None
+            shape = (*self.engine.model.images.size, 3)
+            images = [Pixels(np.frombuffer(values, np.uint8).reshape(shape)) for values in wish.images]
+            prompt = {"prompt": wish.prompt, "images": images}
+        return intake.request(prompt, sampling_params(wish.params), wish.priority, wish.id)
 
     # --- on the engine's thread ---
 
@@ -181,6 +190,8 @@ def _progress(request: Request) -> Progress:
         request.cached_tokens or 0,
         request.finished,
         list(request.prompt_logprobs) if asked else None,
+        request.metrics.drafted,
+        request.metrics.accepted,
     )
 
 

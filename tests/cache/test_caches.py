@@ -179,6 +179,13 @@ class Life(RuleBasedStateMachine):
         self.cache.truncate(sequence, length)
         del self.histories[sequence][length:]
 
+    @rule(chosen=st.lists(st.tuples(sequences, st.integers(0, 70)), max_size=4, unique_by=lambda pair: pair[0]))
+    def cut(self, chosen):
+        lengths = [max(0, self.length(sequence) - less) for sequence, less in chosen]
+        self.cache.cut([sequence for sequence, _ in chosen], lengths)
+        for (sequence, _), length in zip(chosen, lengths, strict=True):
+            del self.histories[sequence][length:]
+
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence):
         before = self.cache.stats()
@@ -395,10 +402,10 @@ def test_chunks_do_not_change_the_numbers(name, rung, kind):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc: for Linux")
 @pytest.mark.parametrize("tokens_given", [False, True])
-def test_a_thousand_sequences_come_and_go(name, tokens_given):
+def test_hundreds_of_sequences_come_and_go(name, tokens_given):
     cache, rng = make(name, blocks=200), np.random.default_rng(0)
     living, resident = [], []
-    for i in range(1000):
+    for i in range(400):
         prompt = rng.integers(0, 1000, rng.integers(2, 200)).astype(np.int32)
         sequence = cache.allocate(prompt if tokens_given else None)
         placement = cache.append([sequence], [len(prompt)], prompt if tokens_given else None)
@@ -411,7 +418,7 @@ def test_a_thousand_sequences_come_and_go(name, tokens_given):
         cache.truncate(sequence, len(prompt) // 2)
         while len(living) > 6:
             cache.free(living.pop(rng.integers(len(living))))
-        if i % 100 == 50:
+        if i % 40 == 20:
             gc.collect()
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     assert len(cache._lengths) == 16  # rows of ended sequences are used again
@@ -463,6 +470,17 @@ def test_at_most_one_block_of_a_sequence_is_not_full(name):
         assert length <= held < 2 * length if name == "DYNAMIC" and length > block else held < length + block
     used = sum(map(cache.tokens_needed, lengths)) * shape().bytes_per_token
     assert cache.stats().used_bytes == used
+
+
+def test_what_can_not_be_cut(name):
+    cache = make(name, blocks=40)
+    cache.append([cache.allocate(), cache.allocate()], [20, 30])
+    for length in (31, -1):
+        with pytest.raises(ValueError, match=rf"length is {length}; sequence 1 has 30 tokens"):
+            cache.cut([1], [length])
+    with pytest.raises(ValueError, match="sequence 7 is not in the cache"):
+        cache.cut([0, 7], [0, 0])
+    assert [cache.length(i) for i in range(2)] == [20, 30]
 
 
 def test_refusals(name):

@@ -8,8 +8,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pace import LLM, SamplingParams
 from pace.cache import CacheShape
+from pace.engine.engine import Engine
 from pace.models import Model
 from tests.models.tiny import llama
+
+from .eyes import IMAGE, Eyes
 
 SPECIALS = ["<pad>", "<s>", "</s>"]
 BOS, EOS = 1, 2
@@ -70,7 +73,7 @@ class Scripted(Model):
         self.script, self.prompt_tokens, self.dtype = script, prompt_tokens, dtype
         self.cache_shape = CacheShape(2, 2, 24, dtype, 512)
         self.vocabulary, self.max_positions = VOCABULARY, 512
-        self.weight_bytes = self.bytes_per_step = 0
+        self.weight_bytes = self.step_bytes = 0
 
     def forward(self, tokens, placement, cache):
         return placement.positions.astype(np.float32)[:, None]
@@ -87,6 +90,20 @@ class Scripted(Model):
 def scripted(llm: LLM, script):
     """Have an LLM's model replaced by a script for prompts of one token."""
     llm.model = llm.engine.model = Scripted(script, llm.model.dtype)
+    return llm
+
+
+def give_eyes(llm: LLM):
+    """Have an LLM's model see, and count what it encodes."""
+    eyes = Eyes(TINY["hidden_size"], llm.model.dtype)
+    llm.model.images, llm.model.encoded = IMAGE, 0
+
+    def encode_images(pixels):
+        llm.model.encoded += 1
+        return eyes(pixels)
+
+    llm.model.encode_images = encode_images
+    llm.engine = Engine(llm.model, llm.cache, llm.tokenizer, llm.engine.config)
     return llm
 
 

@@ -342,7 +342,7 @@ def test_every_function_of_reference_operators_is_the_reference(directory, monke
         raise AssertionError(f"{name} is native")
 
     for operator, names in registry.OPERATORS.items():
-        registration = registry.Registration({name: partial(native, name) for name in names}, (F32, BF16))
+        registration = registry.Registration({name: partial(native, name) for name in names}, (F32, BF16), True)
         monkeypatch.setitem(registry._registry, (operator, "NATIVE"), registration)
     for name in kernels.OPERATIONS:
         monkeypatch.setattr(kernels, name, partial(native, name))
@@ -567,7 +567,7 @@ def test_only_nan_is_called_nan(directory, monkeypatch):
         raise ValueError("weight has shape (1, 2)")
 
     operators = SimpleNamespace(pack_linear=other)
-    monkeypatch.setattr(OperatorConfig, "resolve", lambda *_: operators)
+    monkeypatch.setattr(OperatorConfig, "resolve", lambda *_, **__: operators)
     assert_refused(ValueError, r"^weight has shape \(1, 2\)", LLM, directory)
 
 

@@ -70,9 +70,13 @@ def seen(request):
 
 @pytest.fixture(scope="module")
 def alone(llm):
-    """What each request gives by itself, in a cache of its own."""
+    return by_themselves(llm, ASKED)
+
+
+def by_themselves(llm, asked):
+    """What each request gives in a cache of its own."""
     found = []
-    for prompt, params in ASKED:
+    for prompt, params in asked:
         engine = make_engine(llm, "DYNAMIC", 1 << 12)
         request = engine.intake.request(prompt, params)
         run(engine, [request])
@@ -96,49 +100,56 @@ def run(engine, requests):
         assert steps < 20000, "it does not end"
 
 
-arrivals = st.lists(
-    st.tuples(
-        st.integers(0, len(ASKED) - 1),  # which
-        st.integers(0, 12),  # steps before the next one comes
-        st.integers(-1, 1),  # priority
-        st.none() | st.integers(0, 25),  # cancelled after so many steps
-    ),
-    min_size=1,
-    max_size=24,
-)
+def arrivals_of(asked):
+    return st.lists(
+        st.tuples(
+            st.integers(0, len(asked) - 1),  # which
+            st.integers(0, 12),  # steps before the next one comes
+            st.integers(-1, 1),  # priority
+            st.none() | st.integers(0, 25),  # cancelled after so many steps
+        ),
+        min_size=1,
+        max_size=24,
+    )
+
+
+# Of a life: blocks beyond what the longest request needs, and the engine's.
+LIMITS = {
+    "room": st.integers(0, 6),
+    "sequences": st.sampled_from([1, 3, 256]),
+    "policy": st.sampled_from(["prefill_first", "decode_first"]),
+    "reserve": st.sampled_from([0, 1, 64]),
+}
 CASES = [(name, None) for name in CACHES] + [("SLAB_POOL", True), ("PAGED", False)]
 
 
 @pytest.mark.parametrize(("cache", "prefix_caching"), CASES)
 @settings(max_examples=25, deadline=None)
 @given(
-    arrivals=arrivals,
-    room=st.integers(0, 6),
+    arrivals=arrivals_of(ASKED),
     chunk=st.sampled_from([1, 2, 7, 16, 37, 64, 512]) | st.integers(1, 512),
-    sequences=st.sampled_from([1, 3, 256]),
-    policy=st.sampled_from(["prefill_first", "decode_first"]),
-    reserve=st.sampled_from([0, 1, 64]),
+    **LIMITS,
 )
 def test_as_if_alone(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
-    life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
+    life(llm, ASKED, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cache", "prefix_caching"), CASES)
 @settings(max_examples=600, deadline=None)
 @given(
-    arrivals=arrivals,
-    room=st.integers(0, 6),
+    arrivals=arrivals_of(ASKED),
     chunk=st.integers(1, 512),
-    sequences=st.sampled_from([1, 3, 256]),
-    policy=st.sampled_from(["prefill_first", "decode_first"]),
-    reserve=st.sampled_from([0, 1, 64]),
+    **LIMITS,
 )
 def test_many_lives(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
-    life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
+    life(llm, ASKED, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve)
 
 
-def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve):
+def life(
+    llm, asked, alone, cache, prefix_caching, arrivals, room, chunk, sequences, policy, reserve, make_engine=make_engine
+):
+    """asked: prompts with their parameters, of which arrivals name some; alone: what each gives by itself."""
     least = make_engine(llm, cache, 1 << 12).cache.tokens_needed(LONGEST)
     engine = make_engine(
         llm, cache, least + 16 * room, prefix_caching, policy=policy, max_batch_tokens=chunk,
@@ -150,7 +161,7 @@ def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, po
     while pending or engine.busy:
         while pending and step >= next_at:
             which, wait, priority, cancelled_after = pending.pop(0)
-            request = engine.intake.request(*ASKED[which], priority=priority)
+            request = engine.intake.request(*asked[which], priority=priority)
             engine.add(request)
             come.append((which, request))
             if cancelled_after is not None:
@@ -178,6 +189,7 @@ def life(llm, alone, cache, prefix_caching, arrivals, room, chunk, sequences, po
     assert sum(stats.finished.values()) == stats.requests == len(arrivals)
     everything = engine.cache.allocate()  # nothing leaked: it can all be had again
     engine.cache.append([everything], [min(stats.cache.capacity_tokens, 512)])
+    return engine
 
 
 @pytest.mark.parametrize("cache", ["SLAB_POOL", "PAGED"])

@@ -21,9 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from pace.options import read_config
 from pace.server.admission import Admission
 from pace.server.app import create_app
-from pace.server.config import ServerConfig, read_config
+from pace.server.config import ServerConfig
 from pace.server.log import Handler
 from pace.server.metrics import Metrics, RequestMeter
 from pace.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest

@@ -39,9 +39,9 @@ def prompt_messages(
 
 
 def _plain(message: Mapping[str, Any], format: Format) -> Message:
-    """Without what is not said, and the content as one text: templates ask for no more."""
+    """Without what is not said, and the content as one text: templates ask for no more, unless there are images."""
     plain = {key: value for key, value in message.items() if value is not None and (key != "tool_calls" or value)}
-    plain["content"] = content = text_of(message.get("content")) or plain.pop("refusal", "")
+    plain["content"] = content = _content(message.get("content")) or plain.pop("refusal", "")
     if plain["role"] == "developer" and not format.in_channels:
         plain["role"] = "system"
     if reasoning := plain.pop("reasoning", None) or plain.get("reasoning_content"):
@@ -49,6 +49,12 @@ def _plain(message: Mapping[str, Any], format: Format) -> Message:
         if format.in_channels and not content:  # its template takes one of the two
             plain["thinking"] = reasoning
     return plain
+
+
+def _content(content: Any) -> Any:
+    if isinstance(content, list) and any(part["type"] == "image" for part in content):
+        return [part if part["type"] == "image" else {"type": "text", "text": text_of([part])} for part in content]
+    return text_of(content)
 
 
 def text_of(content: Any) -> str:
@@ -124,11 +130,19 @@ def _as_text(chat: Sequence[Message], calls: Calls) -> list[Message]:
             message = {key: value for key, value in message.items() if key != "tool_calls"}
             message["content"] = "\n".join([text, *called] if text else called)
         if "tool" in (before, role) and written and written[-1]["role"] == message["role"]:
-            written[-1] = written[-1] | {"content": f"{written[-1]['content']}\n{message['content']}"}
+            written[-1] = written[-1] | {"content": _joined(written[-1]["content"], message["content"])}
         else:
             written.append(message)
         before = role
     return written
+
+
+def _joined(before: Any, behind: Any) -> Any:
+    """Two contents, as text where both are."""
+    if isinstance(before, str) and isinstance(behind, str):
+        return f"{before}\n{behind}"
+    first, second = ([{"type": "text", "text": each}] if isinstance(each, str) else each for each in (before, behind))
+    return first + second
 
 
 def _call(function: Mapping[str, Any], calls: Calls) -> str:
