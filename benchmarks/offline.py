@@ -143,7 +143,7 @@ def decode_beside_reads(llm: LLM, tokens: list[int], watch: Stopwatch, machine: 
         next(stream)
         seconds = time.perf_counter() - began
         after = machine.read()
-        num_bytes = llm.model.bytes_per_step + (len(tokens) + step) * llm.model.cache_shape.bytes_per_token
+        num_bytes = llm.model.bytes_of_step() + (len(tokens) + step) * llm.model.cache_shape.bytes_per_token
         for name, value in (
             ("step", seconds),
             ("rate", num_bytes / seconds),
@@ -194,7 +194,7 @@ def single(model: str, dtype: str) -> None:
     watch.install()
     llm = LLM(model, dtype=dtype, kv_cache_bytes=CACHE_BYTES)
     tokens = np.random.default_rng(1).integers(100, 250, PROMPT).tolist()
-    multiplied = (llm.model.bytes_per_step - llm.model.head.head.nbytes) / llm.model.dtype.itemsize
+    multiplied = (llm.model.bytes_of_step() - llm.model.head.head.nbytes) / llm.model.dtype.itemsize
     flops = 2 * PROMPT * multiplied  # the head is multiplied for the last token only; attention is not counted
     limits = roofline.measure()
     for _ in range(ROUNDS):
