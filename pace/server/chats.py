@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from pace.engine.chat_template import variables
 from pace.engine.images import NO_IMAGES, Source, expanded, read, taken
-from pace.engine.request import Logprob
+from pace.engine.request import Logprob, Logprobs
 from pace.engine.sampling_params import SamplingParams
 from pace.engine.structured import StructuredOutputsParams
 
@@ -192,10 +192,9 @@ class _Chat:
     def logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        rows = zip(piece.token_ids, piece.logprobs or (), strict=True)
-        return {"content": [self._logprob(token, row) for token, row in rows], "refusal": None}
+        return {"content": [self._logprob(token, row) for token, row in piece.rows], "refusal": None}
 
-    def _logprob(self, token: int, row: dict[int, Logprob]) -> dict[str, Any]:
+    def _logprob(self, token: int, row: Logprobs) -> dict[str, Any]:
         top = sorted(row.items(), key=lambda item: item[1].rank)[: self.body.top_logprobs or 0]
         return self._entry(token, row[token]) | {"top_logprobs": [self._entry(*item) for item in top]}
 

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pace.engine.request import Logprob
+from pace.engine.request import Logprobs
 
 from .answers import Counts, answer, check_end, prompt_logprobs, with_errors
 from .protocol import Piece, Progress
@@ -91,11 +91,11 @@ class _Completion:
         text = self._echoed(number) if body.echo and first else ""
         logprobs = None
         if body.logprobs is not None:
-            rows: list[tuple[int, dict[int, Logprob] | None]] = []
+            rows: list[tuple[int, Logprobs | None]] = []
             if body.echo and progress.prompt_logprobs is not None:
                 rows += zip(self.prompts[number], progress.prompt_logprobs, strict=True)
             if writes:
-                rows += zip(piece.token_ids, piece.logprobs or (), strict=True)
+                rows += piece.rows
             logprobs = self._logprobs(index, rows, body.logprobs)
         choice = {
             "index": index,
@@ -117,7 +117,7 @@ class _Completion:
             return given
         return self.tokenizer.decode(self.prompts[number], skip_special_tokens=False)
 
-    def _logprobs(self, index: int, rows: list[tuple[int, dict[int, Logprob] | None]], top: int) -> dict[str, Any]:
+    def _logprobs(self, index: int, rows: list[tuple[int, Logprobs | None]], top: int) -> dict[str, Any]:
         tokens = [
             self.tokenizer.decode([token], skip_special_tokens=False) if row is None else row[token].decoded_token
             for token, row in rows
@@ -135,7 +135,7 @@ class _Completion:
         }
 
 
-def _top(row: dict[int, Logprob], token: int, top: int) -> dict[str, float]:
+def _top(row: Logprobs, token: int, top: int) -> dict[str, float]:
     """Of two tokens that look alike, the more probable is shown."""
     shown: dict[str, float] = {}
     for value in sorted(row.values(), key=lambda value: value.rank):

@@ -47,6 +47,7 @@ logger = logging.getLogger("pace")
 FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds before a process is started anew, doubled each time it ends too soon
 STEADY_SECONDS = 10.0  # that it must have been up for, to be started anew at once
 WAIT_SECONDS = 10.0  # for an engine, where none is up
+MOST_AT_ONCE = 64  # steps whose news make one event: with log-probabilities, those of a long text would be megabytes
 WATCH_SECONDS = 1.0  # between two looks at who has fallen silent
 
 
@@ -164,16 +165,17 @@ class Call:
             self._bell.set()
 
     async def next(self, whole: bool) -> Any:
-        """What came since this was last called; with `whole`, all of it once it is over. Raises what went wrong, where
-        there is nothing left to read.
+        """What came since this was last called, up to MOST_AT_ONCE steps of it; with `whole`, all of it once it is over.
+        Raises what went wrong, where there is nothing left to read.
         """
         while not (self.over if whole else self.over or self._unread):
             self._bell.clear()
             await self._bell.wait()
         if self._error is not None and (whole or not self._unread):
             raise self._error
-        unread, self._unread = self._unread, []
-        return merged(unread)
+        most = len(self._unread) if whole else MOST_AT_ONCE
+        taken, self._unread = self._unread[:most], self._unread[most:]
+        return merged(taken)
 
 
 def merged(news: Sequence[Any]) -> Any:

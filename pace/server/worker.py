@@ -185,7 +185,7 @@ def _progress(request: Request) -> Progress:
     asked = request.finished and request.params.prompt_logprobs is not None
     return Progress(
         request.id,
-        [Piece(*piece) for piece in request.news()],
+        [Piece.of(*piece) for piece in request.news()],
         request.num_output_tokens,
         request.cached_tokens or 0,
         request.finished,
