@@ -165,8 +165,8 @@ class Call:
             self._bell.set()
 
     async def next(self, whole: bool) -> Any:
-        """What came since this was last called, up to MOST_AT_ONCE steps of it; with `whole`, all of it once it is over.
-        Raises what went wrong, where there is nothing left to read.
+        """What came since this was last called, up to MOST_AT_ONCE steps of it; with `whole`, all of it once it is
+        over. Raises what went wrong, where there is nothing left to read.
         """
         while not (self.over if whole else self.over or self._unread):
             self._bell.clear()

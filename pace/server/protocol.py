@@ -54,8 +54,8 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """What came to one text since the piece before. logprobs: of each token its Logprobs, encoded still: what waits for a
-    client that does not read takes a twentieth of what the objects would.
+    """What came to one text since the piece before. logprobs: of each token its Logprobs, encoded still: what waits
+    for a client that does not read takes a twentieth of what the objects would.
     """
 
     index: int
