@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .arrays import Array, Float, check_dtype, check_float, check_rows, f32, output_rows
+from .arrays import Array, Float, check_dtype, check_float, check_output_rows, check_rows, f32
 
 ACTIVATIONS = ("relu", "gelu_erf", "gelu_tanh", "silu")
 
@@ -19,21 +19,27 @@ def activate(x: Array, activation: str, multiply: Array | None = None, out: Arra
     TypeError for another dtype; ValueError for another shape, rows that are not contiguous, or an activation of no such
     name.
     """
-    check_float(x, "x")
-    check_rows(x, "x")
-    rows, features = x.shape
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    check_activate(x, activation, multiply, out)
     y = activated(f32(x), activation)
     if multiply is not None:
-        check_operand(multiply, "multiply", (rows, features), x.dtype)
         y = y * f32(multiply)
-    result = output_rows(out, rows, features, x.dtype)
+    result = np.empty(x.shape, x.dtype) if out is None else out
     result[...] = y
     return result
 
 
-def check_operand(array: Array, name: str, shape: tuple[int, int], dtype: DTypeLike) -> None:
+def check_activate(x: Array, activation: str, multiply: Array | None, out: Array | None) -> None:
+    check_float(x, "x")
+    check_rows(x, "x")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if multiply is not None:
+        check_operand(multiply, "multiply", x.shape, x.dtype)
+    if out is not None:
+        check_output_rows(out, "out", len(x), x.shape[1], x.dtype)
+
+
+def check_operand(array: Array, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
     check_dtype(array, name, dtype)
     check_rows(array, name, shape[1])
     if array.shape != shape:

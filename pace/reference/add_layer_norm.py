@@ -1,8 +1,6 @@
 """A residual connection and the layer normalisation after it, in one pass."""
 
-import numpy as np
-
-from .arrays import Array, check_apart, check_float, check_output_rows, check_rows, check_vector, f32, output_rows
+from .arrays import Array, check_norm, f32
 from .layer_norm import layer_norm
 
 
@@ -21,14 +19,6 @@ def add_layer_norm(
     TypeError for another dtype; ValueError for another shape, rows that are not contiguous, or a residual that is
     read-only or shares memory with `out`. Nothing is written then.
     """
-    check_float(x, "x")
-    check_rows(x, "x")
-    rows, hidden = x.shape
-    check_output_rows(residual, "residual", rows, hidden, x.dtype)
-    check_vector(weight, "weight", hidden, np.float32)
-    if bias is not None:
-        check_vector(bias, "bias", hidden, np.float32)
-    result = output_rows(out, rows, hidden, x.dtype)
-    check_apart(result, "out", residual, "residual")
+    check_norm(x, weight, bias, residual, out)
     residual[...] = f32(x) + f32(residual)
-    return layer_norm(residual, weight, bias, eps, result)
+    return layer_norm(residual, weight, bias, eps, out)

@@ -94,6 +94,24 @@ def check_output_rows(array: Array, name: str, rows: int, columns: int, dtype: D
     check_writeable(array, name)
 
 
+def check_norm(
+    x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, out: Array | None = None
+) -> None:
+    """The arguments of a norm, with a residual or without."""
+    check_float(x, "x")
+    check_rows(x, "x")
+    rows, hidden = x.shape
+    if residual is not None:
+        check_output_rows(residual, "residual", rows, hidden, x.dtype)
+    check_vector(weight, "weight", hidden, np.float32)
+    if bias is not None:
+        check_vector(bias, "bias", hidden, np.float32)
+    if out is not None:
+        check_output_rows(out, "out", rows, hidden, x.dtype)
+        if residual is not None:
+            check_apart(out, "out", residual, "residual")
+
+
 def output_rows(out: Array | None, rows: int, columns: int, dtype: DTypeLike) -> Array:
     """`out` checked, or a new array where it is None."""
     if out is None:

@@ -53,24 +53,42 @@ def attend(
     softcap outside 2^-64 to 2^64, a span that lies outside its sequence or does not hold its token, or a read-only
     `out`; TypeError for dtypes.
     """
+    check_attend(q, k_blocks, v_blocks, block_tables, query_starts, kv_lengths, window, sinks, softcap, spans, out)
+    if out is None:
+        out = np.empty(q.shape, q.dtype)
+    for queries, keys, values, mask in gathered(
+        k_blocks, v_blocks, block_tables, query_starts, kv_lengths, window, spans
+    ):
+        out[queries] = attend_one(q[queries], keys, values, mask, scale, sinks, softcap)
+    return out
+
+
+def check_attend(
+    q: Array,
+    k_blocks: Array,
+    v_blocks: Array,
+    block_tables: Array,
+    query_starts: Array,
+    kv_lengths: Array,
+    window: int | None,
+    sinks: Array | None,
+    softcap: float | None,
+    spans: Array | None,
+    out: Array | None,
+) -> None:
     num_slots = check_blocks(k_blocks, v_blocks)
     check_kv_heads(q, "q", k_blocks)
     block_tokens = k_blocks.shape[2] * GROUP
     check_batch(len(q), block_tables, query_starts, kv_lengths, block_tokens, num_slots // block_tokens)
     check_what_is_seen(q, query_starts, kv_lengths, window, sinks, softcap, spans)
     if out is None:
-        out = np.empty(q.shape, q.dtype)
+        return
     check_float(out, "out")
     if out.shape != q.shape or out.dtype != q.dtype or not out.flags.c_contiguous:
         raise ValueError(
             f"out has shape {out.shape} and dtype {out.dtype}; it must be {q.shape}, {q.dtype}, contiguous"
         )
     check_writeable(out, "out")
-    for queries, keys, values, mask in gathered(
-        k_blocks, v_blocks, block_tables, query_starts, kv_lengths, window, spans
-    ):
-        out[queries] = attend_one(q[queries], keys, values, mask, scale, sinks, softcap)
-    return out
 
 
 def gathered(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .arrays import Array, check_float, check_rows, check_vector, f32, output_rows
+from .arrays import Array, check_norm, f32
 
 
 def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float = 1e-5, out: Array | None = None) -> Array:
@@ -16,13 +16,8 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float = 1e-5, o
 
     TypeError for another dtype; ValueError for another shape, or rows that are not contiguous.
     """
-    check_float(x, "x")
-    check_rows(x, "x")
-    rows, hidden = x.shape
-    check_vector(weight, "weight", hidden, np.float32)
-    if bias is not None:
-        check_vector(bias, "bias", hidden, np.float32)
-    result = output_rows(out, rows, hidden, x.dtype)
+    check_norm(x, weight, bias, out=out)
+    result = np.empty(x.shape, x.dtype) if out is None else out
     values = f32(x)
     deviations = values - np.mean(values, axis=1, keepdims=True)
     variance = np.mean(deviations * deviations, axis=1, keepdims=True)

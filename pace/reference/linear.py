@@ -1,19 +1,12 @@
 """Linear layers with what follows them fused in: bias, activation, multiplication, residual."""
 
+from typing import Any, Protocol
+
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .activate import activated, check_operand
-from .arrays import (
-    Array,
-    bfloat16,
-    check_float,
-    check_rows,
-    check_vector,
-    f32,
-    float32,
-    output_rows,
-)
+from .activate import ACTIVATIONS, activated, check_operand
+from .arrays import Array, bfloat16, check_float, check_output_rows, check_rows, check_vector, f32, float32
 from .pack_linear import PackedLinear, unpack_linear
 
 
@@ -39,28 +32,62 @@ def linear(
     TypeError for another dtype; ValueError for another shape, rows that are not contiguous, an activation of no
     such name, or a gated weight.
     """
-    check_product(x, weight, gated=False)
-    dtype = np.dtype(out_dtype) if out_dtype is not None else x.dtype
-    if dtype not in (float32, bfloat16):
-        raise TypeError(f"out_dtype is {dtype}; it must be float32 or bfloat16")
-    shape = (x.shape[0], weight.out_features)
+    dtype = check_linear(x, weight, bias, activation, multiply, residual, out_dtype, out)
     y = f32(x) @ unpack_linear(weight).T
     if bias is not None:
-        check_vector(bias, "bias", weight.out_features, np.float32)
         y = y + bias
     y = activated(y, activation)
     if multiply is not None:
-        check_operand(multiply, "multiply", shape, dtype)
         y = y * f32(multiply)
     if residual is not None:
-        check_operand(residual, "residual", shape, dtype)
         y = y + f32(residual)
-    result = output_rows(out, *shape, dtype)
+    result = np.empty(y.shape, dtype) if out is None else out
     result[...] = y
     return result
 
 
-def check_product(x: Array, weight: PackedLinear, gated: bool) -> None:
+class Weight(Protocol):
+    """(out, in), in whatever layout."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def gated(self) -> bool: ...
+
+
+def check_linear(
+    x: Array,
+    weight: Weight,
+    bias: Array | None = None,
+    activation: str | None = None,
+    multiply: Array | None = None,
+    residual: Array | None = None,
+    out_dtype: DTypeLike | None = None,
+    out: Array | None = None,
+) -> np.dtype[Any]:
+    """The arguments of linear; the dtype of its result."""
+    check_product(x, weight, gated=False)
+    dtype: np.dtype[Any] = np.dtype(out_dtype) if out_dtype is not None else x.dtype
+    if dtype not in (float32, bfloat16):
+        raise TypeError(f"out_dtype is {dtype}; it must be float32 or bfloat16")
+    shape = len(x), weight.out_features
+    if bias is not None:
+        check_vector(bias, "bias", weight.out_features, np.float32)
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation is {activation!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
+    for operand, name in ((multiply, "multiply"), (residual, "residual")):
+        if operand is not None:
+            check_operand(operand, name, shape, dtype)
+    if out is not None:
+        check_output_rows(out, "out", *shape, dtype)
+    return dtype
+
+
+def check_product(x: Array, weight: Weight, gated: bool) -> None:
     check_float(x, "x")
     check_rows(x, "x", weight.in_features)
     if x.dtype != weight.dtype:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .arrays import Array, check_float, check_rows, check_vector, f32, output_rows
+from .arrays import Array, check_norm, f32
 
 
 def rms_norm(x: Array, weight: Array, eps: float = 1e-5, out: Array | None = None) -> Array:
@@ -15,11 +15,8 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, out: Array | None = Non
 
     TypeError for another dtype; ValueError for another shape, or rows that are not contiguous.
     """
-    check_float(x, "x")
-    check_rows(x, "x")
-    rows, hidden = x.shape
-    check_vector(weight, "weight", hidden, np.float32)
-    result = output_rows(out, rows, hidden, x.dtype)
+    check_norm(x, weight, out=out)
+    result = np.empty(x.shape, x.dtype) if out is None else out
     values = f32(x)
     inverse_rms = 1 / np.sqrt(np.mean(values * values, axis=1, keepdims=True) + np.float32(eps))
     result[...] = values * inverse_rms * f32(weight)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .arrays import Array, check_float, check_rows, f32, output_rows
+from .arrays import Array, check_float, check_output_rows, check_rows, f32
 
 
 def softmax(x: Array, scale: float = 1.0, out: Array | None = None) -> Array:
@@ -15,12 +15,17 @@ def softmax(x: Array, scale: float = 1.0, out: Array | None = None) -> Array:
 
     TypeError for another dtype; ValueError for another shape, or rows that are not contiguous.
     """
-    check_float(x, "x")
-    check_rows(x, "x")
-    rows, columns = x.shape
-    result = output_rows(out, rows, columns, x.dtype)
+    check_softmax(x, out)
+    result = np.empty(x.shape, x.dtype) if out is None else out
     scaled = f32(x) * np.float32(scale)
     with np.errstate(invalid="ignore"):  # infinity less infinity
         powers = np.exp(scaled - scaled.max(axis=1, keepdims=True, initial=-np.inf))
         result[...] = powers / powers.sum(axis=1, keepdims=True)
     return result
+
+
+def check_softmax(x: Array, out: Array | None) -> None:
+    check_float(x, "x")
+    check_rows(x, "x")
+    if out is not None:
+        check_output_rows(out, "out", len(x), x.shape[1], x.dtype)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pace import LLM, kernels
 from pace.ops import MLP, Activation, Linear, OperatorConfig, Softmax, registry
-from pace.ops.backends import aocl_dlp, jit
+from pace.ops.backends.unpacked import Weight
 from pace.reference.activate import ACTIVATIONS
 from pace.reference.pack_linear import PackedLinear
 from tests.engine.fakes import greedy, write_model
@@ -44,6 +45,23 @@ def packed(rows, columns, kind, gated=False):
     return weight
 
 
+LAYOUTS = ("whole", "odd", "even", "backwards", "read-only")
+
+
+def laid_out(array, layout):
+    """The same numbers, elsewhere: rows further apart, by an odd number of elements or an even one, or in turn."""
+    rows, columns = array.shape
+    if layout in ("odd", "even"):
+        step = columns + 1 + (columns % 2 == (layout == "odd"))
+        array, given = np.full((rows, step), np.nan, array.dtype)[:, :columns], array
+        array[...] = given
+    elif layout == "backwards":
+        array = array[::-1].copy()[::-1]
+    elif layout == "read-only":
+        array.flags.writeable = False
+    return array
+
+
 def near(ours, twin, kind):
     assert ours.dtype == twin.dtype
     np.testing.assert_allclose(ours.astype(np.float32), twin.astype(np.float32), **CLOSE[kind])
@@ -61,33 +79,110 @@ def near(ours, twin, kind):
     bias=st.booleans(),
     multiply=st.booleans(),
     residual=st.booleans(),
+    out_kind=st.sampled_from(KINDS),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    out_layout=st.sampled_from(LAYOUTS[:4]),
 )
-def test_linear(backend, operator, rows, inside, outside, kind, activation, bias, multiply, residual):
+def test_linear(
+    backend, operator, rows, inside, outside, kind, activation, bias, multiply, residual, out_kind, layouts, out_layout
+):
     def run(config):
         functions = config.resolve(operator, kind)
         weight = packed(outside, inside, kind)
         if "prepare" in registry.OPERATORS[operator]:
             weight = functions.prepare(weight)
-        out = np.full((rows, outside), np.nan, kind)
+        out = laid_out(np.full((rows, outside), np.nan, out_kind), out_layout)
+        factors, residuals = (draw(rng(seed), (rows, outside), out_kind) for seed in (2, 3))
         result = functions.linear(
-            draw(rng(rows), (rows, inside), kind),
+            laid_out(draw(rng(rows), (rows, inside), kind), layouts[0]),
             weight,
             draw(rng(1), outside) if bias else None,
             activation,
-            draw(rng(2), (rows, outside), kind) if multiply else None,
-            draw(rng(3), (rows, outside), kind) if residual else None,
-            out=out,
+            laid_out(factors, layouts[1]) if multiply else None,
+            laid_out(residuals, layouts[2]) if residual else None,
+            out_kind,
+            out,
         )
         assert result is out
         return out
 
-    near(run(OperatorConfig.all(backend)), run(OperatorConfig.all("REFERENCE")), kind)
+    rounded = BF16 if BF16 in (kind, out_kind) else F32
+    near(run(OperatorConfig.all(backend)), run(OperatorConfig.all("REFERENCE")), rounded)
+
+
+def refused(backend, operator, function, *arguments, **named):
+    """What a backend says of arguments that can't be; the weight stands second, where there is one."""
+    functions = OperatorConfig.all(backend).resolve(operator, F32)
+    arguments = [functions.prepare(each) if isinstance(each, PackedLinear) else each for each in arguments]
+    with pytest.raises((TypeError, ValueError)) as raised:
+        getattr(functions, function)(*arguments, **named)
+    return type(raised.value), str(raised.value)
+
+
+X, ROWS, BIAS, NORM = draw(rng(1), (6, 45)), draw(rng(2), (6, 19)), draw(rng(3), 19), draw(rng(4), 45)
+READ_ONLY = np.zeros((6, 19), np.float32)
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": X[:, :-1]},
+        {"x": X[0]},
+        {"x": X.astype(np.float64)},
+        {"x": X.astype(BF16)},
+        {"x": X[:, ::2]},
+        {"bias": BIAS[:-1]},
+        {"bias": BIAS.astype(np.float64)},
+        {"bias": np.repeat(BIAS, 2)[::2]},
+        {"activation": "tanh"},
+        {"multiply": ROWS[:1]},
+        {"multiply": ROWS.astype(BF16)},
+        {"residual": ROWS[:1]},
+        {"residual": ROWS[:, :-1]},
+        {"residual": ROWS[:, :1].repeat(2, 1)[:, ::2]},
+        {"out_dtype": np.float64},
+        {"out": ROWS[:1]},
+        {"out": ROWS.astype(BF16)},
+        {"out": READ_ONLY},
+        {"out_dtype": BF16, "residual": ROWS},
+    ],
+    ids=lambda wrong: "-".join(f"{name}:{getattr(value, 'shape', value)}" for name, value in wrong.items()),
+)
+def test_what_linear_refuses(backend, wrong):
+    given = {"x": X, "weight": packed(19, 45, F32)} | wrong
+    x, weight = given.pop("x"), given.pop("weight")
+    said = [refused(each, "qkv_projection", "linear", x, weight, **given) for each in (backend, "REFERENCE")]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("operator", "function", "arguments"),
+    [
+        ("norm", "rms_norm", (X, NORM[:-1])),
+        ("norm", "rms_norm", (X.astype(np.float64), NORM)),
+        ("norm", "rms_norm", (X, NORM, 1e-5, X[:1].copy())),
+        ("norm", "add_rms_norm", (X[:1], X.copy(), NORM)),
+        ("norm", "layer_norm", (X, NORM, NORM[:-1])),
+        ("norm", "add_layer_norm", (X, X[:1].copy(), NORM, None)),
+        ("activation", "activate", (X, "tanh")),
+        ("activation", "activate", (X, "relu", X[:1])),
+        ("activation", "activate", (X, "relu", None, X[:1].copy())),
+        ("softmax", "softmax", (X[0],)),
+        ("softmax", "softmax", (X, 1.0, X.astype(BF16))),
+    ],
+)
+def test_what_others_refuse(backend, operator, function, arguments):
+    said = [refused(each, operator, function, *arguments) for each in (backend, "REFERENCE")]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 40),
+    rows=st.integers(0, 40),
     hidden=st.integers(1, 80),
     inner=st.integers(1, 150),
     kind=st.sampled_from(KINDS),
@@ -95,8 +190,9 @@ def test_linear(backend, operator, rows, inside, outside, kind, activation, bias
     gated=st.booleans(),
     bias=st.booleans(),
     residual=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
 )
-def test_mlp(backend, rows, hidden, inner, kind, activation, gated, bias, residual):
+def test_mlp(backend, rows, hidden, inner, kind, activation, gated, bias, residual, layout):
     def run(config):
         weights = packed(inner, hidden, kind, gated), packed(hidden, inner, kind)
         operator = MLP(
@@ -107,7 +203,8 @@ def test_mlp(backend, rows, hidden, inner, kind, activation, gated, bias, residu
             draw(rng(1), inner * (1 + gated)) if bias else None,
             draw(rng(2), hidden) if bias else None,
         )
-        return operator(draw(rng(rows), (rows, hidden), kind), draw(rng(3), (rows, hidden), kind) if residual else None)
+        x, residuals = (laid_out(draw(rng(seed), (rows, hidden), kind), layout) for seed in (4, 3))
+        return operator(x, residuals if residual else None)
 
     near(run(OperatorConfig.all(backend)), run(OperatorConfig.all("REFERENCE")), kind)
 
@@ -115,10 +212,12 @@ def test_mlp(backend, rows, hidden, inner, kind, activation, gated, bias, residu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", registry.OPERATORS["norm"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_norms(backend, function, kind):
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_norms(backend, function, kind, layout, rows):
     def run(config):
         call = getattr(config.resolve("norm", kind), function)
-        x, residual = draw(rng(1), (7, 45), kind), draw(rng(2), (7, 45), kind)
+        x, residual = (laid_out(draw(rng(seed), (rows, 45), kind), layout) for seed in (1, 2))
         more = [draw(rng(3), 45)] + ([draw(rng(4), 45)] if "layer" in function else [])
         out = np.full(x.shape, np.nan, kind)
         given = [x, residual] if function.startswith("add") else [x]
@@ -133,8 +232,9 @@ def test_norms(backend, function, kind):
 @pytest.mark.parametrize("multiply", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_activations(backend, activation, multiply, kind):
-    x, factors = draw(rng(1), (7, 45), kind, 3.0), draw(rng(2), (7, 45), kind)
+@pytest.mark.parametrize(("rows", "layout"), [(0, "whole"), (7, "whole"), (7, "odd"), (7, "read-only")])
+def test_activations(backend, activation, multiply, kind, rows, layout):
+    x, factors = laid_out(draw(rng(1), (rows, 45), kind, 3.0), layout), draw(rng(2), (rows, 45), kind)
     ours, twin = (
         Activation(OperatorConfig.all(name), kind, activation)(x, factors if multiply else None)
         for name in (backend, "REFERENCE")
@@ -144,8 +244,9 @@ def test_activations(backend, activation, multiply, kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_softmax(backend, kind):
-    x = draw(rng(1), (7, 45), kind, 10.0)
+@pytest.mark.parametrize(("rows", "layout"), [(0, "whole"), (7, "whole"), (7, "odd"), (7, "read-only")])
+def test_softmax(backend, kind, rows, layout):
+    x = laid_out(draw(rng(1), (rows, 45), kind, 10.0), layout)
     ours, twin = (Softmax(OperatorConfig.all(name), kind)(x, 0.3) for name in (backend, "REFERENCE"))
     near(ours, twin, kind)
 
@@ -201,7 +302,7 @@ def test_weights_are_kept_once(backend, tiny):
 
 
 def kept():
-    return [each for each in gc.get_objects() if isinstance(each, PackedLinear | jit.Weight | aocl_dlp.Weight)]
+    return [each for each in gc.get_objects() if isinstance(each, PackedLinear | Weight)]
 
 
 def address(weight):
@@ -221,19 +322,29 @@ def test_two_models_with_two_configurations(tiny):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_eight_threads_at_once(backend):
+@pytest.mark.parametrize("what", ["linear", "mlp", "norm", "softmax", "model"])
+def test_eight_threads_at_once(backend, what, tiny):
     config = OperatorConfig.all(backend)
-    operator = Linear(
-        "qkv_projection",
-        config,
-        F32,
-        config.resolve("qkv_projection", F32).prepare(packed(48, 64, F32)),
-        draw(rng(1), 48),
-    )
     inputs = [draw(rng(n), (1 + n % 5, 64), F32) for n in range(64)]
-    alone = [operator(x) for x in inputs]
+    if what == "linear":
+        weight = config.resolve("qkv_projection", F32).prepare(packed(48, 64, F32))
+        call = Linear("qkv_projection", config, F32, weight, draw(rng(1), 48))
+    elif what == "mlp":
+        weights = config.resolve("mlp", F32).prepare(packed(80, 64, F32, gated=True), packed(64, 80, F32))
+        call = MLP(config, F32, weights, "silu", None, None)
+    elif what == "norm":
+        call = partial(config.resolve("norm", F32).rms_norm, weight=draw(rng(1), 64))
+    elif what == "softmax":
+        call = Softmax(config, F32)
+    else:  # and attention
+        model, inputs = parity.load(tiny, "float32", config), [parity.drawn(5 + n) for n in range(16)]
+
+        def call(tokens):
+            return parity.run(model, tokens, [3])
+
+    alone = [call(x) for x in inputs]
     with ThreadPoolExecutor(8) as threads:
-        for ours, expected in zip(threads.map(operator, inputs), alone, strict=True):
+        for ours, expected in zip(threads.map(call, inputs), alone, strict=True):
             assert np.array_equal(ours, expected)
 
 

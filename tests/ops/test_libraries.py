@@ -1,6 +1,10 @@
 """Backends that are other people's libraries: what is said where one is absent, or lacks something; what they said."""
 
 import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,7 +82,7 @@ def test_a_shape_that_libxsmm_lacks(anew, monkeypatch, caplog, kernel):
     with caplog.at_level(logging.WARNING, "pace"):
         for _ in range(2):
             assert np.array_equal(product(config, F32, features=130), expected)
-    assert caplog.messages == ["TPP: libxsmm has no kernel for 7 rows of 130 features in float32: using NATIVE"]
+    assert caplog.messages == ["TPP: libxsmm has no kernel for some rows of 130 features in float32: using NATIVE"]
 
 
 @needs_libxsmm
@@ -95,6 +99,15 @@ def test_the_library_is_named():
     assert registry.describe("TPP").startswith(tpp.library().name)
 
 
+@needs_libxsmm
+@pytest.mark.parametrize("rung", [rung for rung in isa.AVAILABLE if rung != "reference"])
+def test_libxsmm_uses_the_instructions_of_the_rung(rung):
+    asked = {name: value for name, value in os.environ.items() if name != "LIBXSMM_TARGET"} | {"PACE_ISA": rung}
+    code = "from pace.ops.backends import tpp; print(tpp.describe())"
+    said = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith(f", {tpp.TARGETS[rung].decode()})")
+
+
 def test_what_aocl_dlp_says_is_heard():
     aocl_dlp.check(aocl_dlp.Metadata(), "nothing")
     for code, words in ((4, "not supported"), (16, "no kernel for this"), (99, "error 99")):
@@ -106,6 +119,6 @@ def test_what_aocl_dlp_says_is_heard():
 def test_a_failure_of_aocl_dlp_is_an_error():
     """Never memory that nobody has written."""
     weight = aocl_dlp.prepare(kernels.pack_linear(draw(rng(1), (19, 45))))
-    wrong = aocl_dlp.Weight(weight.values, weight.out_features, -1, weight.dtype)
+    wrong = replace(weight, out_features=-1)
     with pytest.raises(BackendError, match="AOCL-DLP: a product of 7 rows, -1 to 19 in float32: invalid"):
         aocl_dlp.linear(draw(rng(2), (7, 45)), wrong)

@@ -47,7 +47,7 @@ cdef class Brgemm:
 cdef int set_brgemm(linear_args *args, Brgemm made) except -1:
     """After x is set."""
     if made is not None:
-        if args.rows != made.rows or args.x_stride != made.x_stride:
+        if args.rows != made.rows or (args.rows > 1 and args.x_stride != made.x_stride):
             raise ValueError(f"x has {args.rows} rows, {args.x_stride} bytes apart; the kernels are for "
                              f"{made.rows}, {made.x_stride} bytes apart")
         args.brgemm = &made.kernels

@@ -11,7 +11,6 @@ import ctypes
 import os
 from ctypes import POINTER, c_char, c_float, c_int, c_int64, c_size_t, c_void_p, pointer
 from ctypes.util import find_library
-from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
@@ -21,9 +20,10 @@ from pace import isa, kernels
 from pace.errors import BackendError
 from pace.ops.registry import Dtype, Function, register
 from pace.reference.arrays import Array, Float, bfloat16, float32
+from pace.reference.linear import check_linear
 from pace.reference.pack_linear import PackedLinear
 
-from .unpacked import halves, rows_of
+from .unpacked import Weight, biases_of, given, halves, rows_apart, rows_of
 
 NAMES = "aocl-dlp", "aocldlp", "aocl_dlp"
 PAUSE_HARD = 2  # omp_pause_hard
@@ -185,20 +185,6 @@ def check(metadata: Metadata, what: str) -> None:
 # --- weights ---
 
 
-@dataclass(frozen=True)
-class Weight:
-    """(out, in), in the library's layout."""
-
-    values: Array
-    out_features: int
-    in_features: int
-    dtype: Dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-
 def prepare(packed: PackedLinear) -> Weight:
     return reordered(rows_of(packed))
 
@@ -223,7 +209,7 @@ def reordered(rows: Array) -> Weight:
     check(metadata, f"the layout of a weight of {out_features} × {in_features} in {rows.dtype}")
     if hasattr(loaded, "omp_pause_resource_all"):  # with the threads that the library has begun as it was first called
         loaded.omp_pause_resource_all(PAUSE_HARD)
-    return Weight(values, out_features, in_features, rows.dtype)
+    return Weight(values, out_features, in_features, rows.dtype, size)
 
 
 def aligned(size: int) -> Array:
@@ -247,11 +233,13 @@ def linear(
     out: Array | None = None,
 ) -> Array:
     """As pace.reference.linear."""
-    kind = x.dtype if out_dtype is None else np.dtype(out_dtype)
-    shape = len(x), weight.out_features
+    kind = check_linear(x, weight, bias, activation, multiply, residual, out_dtype, out)
+    if x.dtype == float32 and kind == bfloat16:  # what the library has no product for
+        wide = (None if each is None else each.astype(np.float32) for each in (multiply, residual))
+        return given(linear(x, weight, bias, activation, *wide).astype(bfloat16), out)
     whole = out is not None and out.flags.c_contiguous
-    result = out if out is not None and whole else np.empty(shape, kind)
-    x, sequence, metadata, held = rows_contiguous(x), [], Metadata(), []
+    result = out if out is not None and whole else np.empty((len(x), weight.out_features), kind)
+    sequence, metadata, held = [], Metadata(), []
     if bias is not None:
         sequence.append(BIAS)
         metadata.bias = pointer(Bias(bias.ctypes.data, TYPES[float32], None, None, len(bias)))
@@ -263,12 +251,14 @@ def linear(
         )
     for field, operation, operand in (("matrix_mul", MATRIX_MUL, multiply), ("matrix_add", MATRIX_ADD, residual)):
         if operand is not None:
-            operand = rows_contiguous(operand)
+            operand, stride = rows_apart(operand)
             held.append(operand)
             sequence.append(operation)
-            setattr(metadata, field, pointer(matrix(operand)))
+            values = Matrix(operand.ctypes.data, stride, TYPES[operand.dtype], None)
+            setattr(metadata, field, pointer(values))
     metadata.length, metadata.sequence = len(sequence), (c_int * max(len(sequence), 1))(*sequence)
     if len(x):
+        x, stride = rows_apart(x)
         name = (
             FUNCTIONS[float32]
             if x.dtype == float32
@@ -279,16 +269,13 @@ def linear(
         getattr(library(), f"aocl_gemm_{name}")(
             *(b"r", b"n", b"t"),
             *(len(x), weight.out_features, weight.in_features),
-            *(1.0, x.ctypes.data, x.strides[0] // x.itemsize, b"n"),
+            *(1.0, x.ctypes.data, stride, b"n"),
             *(weight.values.ctypes.data, weight.in_features, b"r"),
             *(0.0, result.ctypes.data, weight.out_features),
             metadata,
         )
         check(metadata, f"a product of {len(x)} rows, {weight.in_features} to {weight.out_features} in {x.dtype}")
-    if out is not None and not whole:
-        out[...] = result
-        return out
-    return result
+    return result if whole else given(result, out)
 
 
 def mlp(
@@ -301,18 +288,8 @@ def mlp(
 ) -> Array:
     """As pace.ops.mlp."""
     *ups, down = weights
-    biases: list[Float | None] = [None] * len(ups) if up_bias is None else [*np.split(up_bias, len(ups))]
+    biases = biases_of(up_bias, ups)
     inner = linear(x, ups[0], biases[0], activation)
     if len(ups) == 2:
         inner = linear(x, ups[1], biases[1], multiply=inner)
     return linear(inner, down, down_bias, residual=residual)
-
-
-def rows_contiguous(array: Array) -> Array:
-    """Itself, or a copy whose rows are."""
-    whole = array.strides[-1] == array.itemsize and array.strides[0] >= array.shape[1] * array.itemsize
-    return array if whole else np.ascontiguousarray(array)
-
-
-def matrix(values: Array) -> Matrix:
-    return Matrix(values.ctypes.data, values.strides[0] // values.itemsize, TYPES[values.dtype], None)

@@ -9,24 +9,29 @@ torch runs on as many threads as our kernels do.
 """
 
 import importlib.util
+import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pace import isa, kernels
 from pace.ops.registry import Function, register
-from pace.reference.arrays import Array, Float, bfloat16, float32
-from pace.reference.attend import gathered
+from pace.reference.activate import check_activate
+from pace.reference.arrays import Array, Float, bfloat16, check_norm, float32
+from pace.reference.attend import check_attend, gathered
+from pace.reference.linear import check_linear
 from pace.reference.pack_linear import PackedLinear
+from pace.reference.softmax import check_softmax
 
-from .unpacked import halves, rows_of
+from .unpacked import Weight, biases_of, given, halves, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger("pace")
 
 ACTIVATIONS = {
     None: ("none", ""),
@@ -35,14 +40,6 @@ ACTIVATIONS = {
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
 }
-
-
-@dataclass(frozen=True)
-class Weight:
-    """(out, in), in oneDNN's layout."""
-
-    tensor: "Tensor"
-    nbytes: int
 
 
 def missing() -> str | None:
@@ -92,8 +89,11 @@ def threaded(function: Function) -> Function:
 
 
 def tensor(array: Array) -> "Tensor":
+    """Of a copy, where torch has none such: what runs backwards, or must not be written."""
     import torch
 
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
     if array.dtype == bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -117,7 +117,8 @@ def prepare(packed: PackedLinear) -> Weight:
 
     rows = rows_of(packed)
     torch.set_num_threads(1)  # a process that has begun threads of OpenMP can't be forked, as a server's node is
-    return Weight(torch.ops.mkldnn._reorder_linear_weight(tensor(rows), None), rows.nbytes)
+    values = torch.ops.mkldnn._reorder_linear_weight(tensor(rows), None)
+    return Weight(values, packed.out_features, packed.in_features, packed.dtype, rows.nbytes)
 
 
 def prepare_mlp(up: PackedLinear, down: PackedLinear) -> tuple[Weight, ...]:
@@ -136,14 +137,15 @@ def linear(
     out: Array | None = None,
 ) -> Array:
     """As pace.reference.linear."""
+    dtype = check_linear(x, weight, bias, activation, multiply, residual, out_dtype, out)
     result = product(tensor(x), weight, bias, activation)
-    if out_dtype is not None and np.dtype(out_dtype) == float32:
+    if dtype == float32:
         result = result.float()
     if multiply is not None:
         result = result * tensor(multiply)
     if residual is not None:
         result = result + tensor(residual)
-    return given(array(result), out)
+    return given(array(result.bfloat16() if dtype == bfloat16 else result), out)
 
 
 def product(x: "Tensor", weight: Weight, bias: Float | None, activation: str | None) -> "Tensor":
@@ -151,7 +153,7 @@ def product(x: "Tensor", weight: Weight, bias: Float | None, activation: str | N
 
     name, algorithm = ACTIVATIONS[activation]
     vector = None if bias is None else tensor(bias).to(x.dtype)
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.tensor, vector, name, [], algorithm)
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.values, vector, name, [], algorithm)
     return made
 
 
@@ -167,14 +169,17 @@ def mlp(
     import torch
 
     *ups, down = weights
-    biases: list[Float | None] = [None] * len(ups) if up_bias is None else [*np.split(up_bias, len(ups))]
+    biases = biases_of(up_bias, ups)
+    for up, bias in zip(ups, biases, strict=True):
+        check_linear(x, up, bias, activation)
     inner = product(tensor(x), ups[0], biases[0], activation)
     if len(ups) == 2:
         # The product up, multiplied by what is there before it is rounded.
         if biases[1] is None:
-            inner = torch.ops.mkldnn._linear_pointwise.binary(tensor(x), inner, ups[1].tensor, None, "mul")
+            inner = torch.ops.mkldnn._linear_pointwise.binary(tensor(x), inner, ups[1].values, None, "mul")
         else:
             inner = inner * product(tensor(x), ups[1], biases[1], None)
+    check_linear(array(inner), down, down_bias, residual=residual)
     result = product(inner, down, down_bias, None)
     return array(result if residual is None else result + tensor(residual))
 
@@ -185,18 +190,21 @@ def mlp(
 def rms_norm(x: Array, weight: Float, eps: float = 1e-5, out: Array | None = None) -> Array:
     import torch
 
+    check_norm(x, weight, out=out)
     values = tensor(x)
     normed = torch.nn.functional.rms_norm(values.float(), (x.shape[1],), tensor(weight), eps)
     return given(array(normed.to(values.dtype)), out)
 
 
 def add_rms_norm(x: Array, residual: Array, weight: Float, eps: float = 1e-5, out: Array | None = None) -> Array:
+    check_norm(x, weight, None, residual, out)
     return rms_norm(added(x, residual), weight, eps, out)
 
 
 def layer_norm(x: Array, weight: Float, bias: Float | None, eps: float = 1e-5, out: Array | None = None) -> Array:
     import torch
 
+    check_norm(x, weight, bias, out=out)
     values, shift = tensor(x), None if bias is None else tensor(bias)
     normed = torch.nn.functional.layer_norm(values.float(), (x.shape[1],), tensor(weight), shift, eps)
     return given(array(normed.to(values.dtype)), out)
@@ -205,21 +213,14 @@ def layer_norm(x: Array, weight: Float, bias: Float | None, eps: float = 1e-5, o
 def add_layer_norm(
     x: Array, residual: Array, weight: Float, bias: Float | None, eps: float = 1e-5, out: Array | None = None
 ) -> Array:
+    check_norm(x, weight, bias, residual, out)
     return layer_norm(added(x, residual), weight, bias, eps, out)
 
 
 def added(x: Array, residual: Array) -> Array:
     """residual += x, by one rounding."""
-    sums = tensor(residual)
-    sums += tensor(x)
+    residual[...] = array(tensor(residual) + tensor(x))
     return residual
-
-
-def given(result: Array, out: Array | None) -> Array:
-    if out is None:
-        return result
-    out[...] = result
-    return out
 
 
 # --- activations and softmax ---
@@ -229,6 +230,7 @@ def activate(x: Array, activation: str, multiply: Array | None = None, out: Arra
     """As pace.reference.activate."""
     from torch.nn import functional
 
+    check_activate(x, activation, multiply, out)
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "relu": functional.relu,
         "gelu_erf": functional.gelu,
@@ -243,6 +245,7 @@ def softmax(x: Array, scale: float = 1.0, out: Array | None = None) -> Array:
     """As pace.reference.softmax."""
     import torch
 
+    check_softmax(x, out)
     scaled = tensor(x).float() * scale
     return given(array(scaled.softmax(dim=1).to(torch.bfloat16 if x.dtype == bfloat16 else torch.float32)), out)
 
@@ -267,7 +270,9 @@ def attend(
     """As pace.reference.attend, a sequence at a time, its keys and values gathered; soft caps are NATIVE's."""
     import torch
 
+    check_attend(q, k_blocks, v_blocks, block_tables, query_starts, kv_lengths, window, sinks, softcap, spans, out)
     if softcap is not None:
+        _say_softcap()
         return kernels.attend(  # type: ignore[no-any-return]
             q, k_blocks, v_blocks, block_tables, query_starts, kv_lengths, scale, window, sinks, softcap, spans, out
         )
@@ -288,3 +293,8 @@ def attend(
         )
         result[queries] = array(attended[0].movedim(0, 1))
     return result
+
+
+@cache
+def _say_softcap() -> None:
+    logger.warning("JIT does not serve attention with a soft cap: using NATIVE, or REFERENCE where that can't run")

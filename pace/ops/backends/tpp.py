@@ -25,9 +25,11 @@ from pace import isa, kernels
 from pace.ops.mlp import in_panels, mlp_of
 from pace.ops.registry import Dtype, Function, register
 from pace.reference.arrays import Array, Float, bfloat16, float32
+from pace.reference.linear import check_product
 from pace.reference.pack_linear import PANEL, PackedLinear, pack_linear
 
 from . import native
+from .unpacked import rows_apart
 
 logger = logging.getLogger("pace")
 
@@ -44,7 +46,7 @@ def missing() -> str | None:
         return reason
     try:
         found = library()
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         return f"libxsmm can't be loaded ({error}): PACE_LIBXSMM may be the path of its shared library"
     return None if dtypes() else f"{found} has no kernels that are right here"
 
@@ -76,6 +78,7 @@ class Library(ABC):
 
     def __init__(self, name: str, loaded: ctypes.CDLL) -> None:
         self.name, self._loaded = name, loaded
+        loaded.libxsmm_init()  # which would choose a target anew, if it came later
         if "LIBXSMM_TARGET" not in os.environ:
             loaded.libxsmm_set_target_arch(TARGETS[isa.RUNG])
         loaded.libxsmm_get_target_arch.restype = ctypes.c_char_p
@@ -231,24 +234,24 @@ def gated_mlp(
 
 
 def prepared(x: Array, weight: PackedLinear) -> tuple[Array, Any]:
-    """x, each row followed by a zero where its features are odd and come in pairs; and the kernels for it. Where there
-    are none (or x is none that linear takes, which it will say), None: it is NATIVE's then.
+    """x, and the kernels for it. bfloat16 comes in pairs: where the features are odd, each row is followed by a zero,
+    and rows begin where pairs do. Where there are no kernels, None: it is NATIVE's then.
     """
-    if x.ndim != 2 or x.dtype != weight.dtype or x.shape[1] != weight.in_features or not len(x):
+    check_product(x, weight, weight.gated)
+    if not len(x):
         return x, None
-    features = weight.in_features
-    if x.dtype == bfloat16 and features % 2:
-        wider = np.zeros((len(x), features + 1), bfloat16)
+    features, (x, stride) = weight.in_features, rows_apart(x)
+    if x.dtype == bfloat16 and (features % 2 or stride % 2):
+        wider = np.zeros((len(x), features + features % 2), bfloat16)
         wider[:, :features] = x
-        x, features = wider[:, :features], features + 1
-    elif x.strides[1] != x.itemsize or x.strides[0] % x.itemsize or x.strides[0] < features * x.itemsize:
-        x = np.ascontiguousarray(x)
-    made = brgemm(x.dtype, len(x), features, x.strides[0] // x.itemsize)
+        x, features = wider[:, :features], wider.shape[1]
+        stride = features
+    made = brgemm(x.dtype, len(x), features, stride)
     if made is None:
-        _say(x.dtype, len(x), features)
+        _say(x.dtype, features)
     return x, made
 
 
 @cache
-def _say(dtype: Dtype, rows: int, features: int) -> None:
-    logger.warning("TPP: libxsmm has no kernel for %d rows of %d features in %s: using NATIVE", rows, features, dtype)
+def _say(dtype: Dtype, features: int) -> None:
+    logger.warning("TPP: libxsmm has no kernel for some rows of %d features in %s: using NATIVE", features, dtype)
