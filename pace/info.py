@@ -54,8 +54,8 @@ def collect(*, roofline: bool = False, operators: bool = False) -> Info:
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         roofline=measure() if roofline else None,
         operators={name: _served(name) for name in registry.OPERATORS} if operators else None,
-        libraries={name: found for name in registry.available() if (found := registry.describe(name)) is not None},
-        missing_backends={name: why for name in registry.backends() if (why := registry.missing(name)) is not None},
+        libraries=registry.libraries() if operators else {},
+        missing_backends=_missing_backends() if operators else {},
     )
 
 
@@ -154,6 +154,10 @@ def _served(operator: str) -> dict[str, list[str]]:
         backend: [name for name, dtype in DTYPES.items() if own is not None and dtype in own.dtypes]
         for backend, own in found.items()
     }
+
+
+def _missing_backends() -> dict[str, str]:
+    return {name: why for name in registry.backends() if (why := registry.missing(name)) is not None}
 
 
 def _rung_of(name: str) -> str:

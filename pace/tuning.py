@@ -7,10 +7,12 @@ backends take turns. Weights are random, of the model's own shapes; of a large m
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,9 +23,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import host, isa
+from . import host, isa, numa
 from .cache import CACHES
-from .models import Model, load_model, open_checkpoint
+from .models import Model, choose_dtype, load_model, open_checkpoint
 from .models.checkpoint import Checkpoint
 from .models.hub import cache_directory, resolve
 from .models.random_weights import num_layers, random_checkpoint
@@ -36,6 +38,8 @@ PROMPT = 512
 ANSWER = 128  # tokens that are decoded for a prompt, where one backend is to be chosen for both
 WEIGHT_BYTES = 4 << 30  # that are made, at most; and no more than a quarter of the memory that is free
 ROUNDS, ROUND_SECONDS = 5, 1.0  # of a backend, of which only some calls are made where all would take longer
+# That change what backends do; the files that some of them name count as well.
+SETTINGS = "PACE_IMBPS_PIECE", "ONEDNN_MAX_CPU_ISA", "PACE_LIBXSMM", "LIBXSMM_TARGET", "PACE_AOCL_DLP"
 PAUSE = 0.05  # seconds before a backend's turn: for a while, threads of OpenMP wait for more to do on all CPUs
 FASTER = 0.97  # of NATIVE's time, below which another backend is chosen
 
@@ -55,6 +59,7 @@ class Report:
     model: str
     dtype: str
     layers: int
+    context: int  # tokens before one that is decoded
     cpu: str
     rung: str
     threads: int
@@ -106,55 +111,86 @@ class Recorder(OperatorConfig):
 
 
 def measure(
-    model: str | Path,
+    model: str | Path | None = None,
     dtype: str = "auto",
-    tokens: Sequence[int] = (1, PROMPT),
+    tokens: Sequence[int] | None = None,
     backends: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    config: str | Path | None = None,
 ) -> Report:
-    """Time every operator on every backend (or these) that serves it. model: as for LLM, or a config.json; dtype: as
-    load_model's. tokens: of each step that is measured: 1 is decoded after CONTEXT others, more are a prompt.
+    """Time every operator on every backend (or these) that serves it. model: as for LLM, or else the path of a
+    config.json; dtype: as load_model's. tokens: of each step that is measured: 1 is decoded after CONTEXT others, more
+    are a prompt; by default one of each, shorter for a model whose texts are.
 
-    ModelError for a model that is not there; ValueError for a backend that is not.
+    ModelError for a model that is not there; ValueError for a backend that is not, or more tokens than a text may have.
     """
     chosen = list(backends) if backends is not None else registry.available()
     for backend in chosen:
         if (reason := registry.missing(backend)) is not None:
             raise ValueError(f"{backend} can't run: {reason}; available here: {', '.join(registry.available())}")
-    path, recorder = Path(model), Recorder()
-    if path.suffix != ".json":
-        path = resolve(str(model))
+    numa.settle()  # as the engine does
     tell("making weights")
-    with tempfile.TemporaryDirectory() as scratch, _random(path, Path(scratch), dtype) as checkpoint:
-        loaded = load_model(checkpoint, dtype, recorder)
-    timings = [each for count in tokens for each in _step(loaded, recorder, count, chosen, tell)]
+    recorder = Recorder()
+    with tempfile.TemporaryDirectory() as scratch:
+        if config is None:
+            with open_checkpoint(resolve(str(model))) as checkpoint:
+                dtype, config = str(choose_dtype(dtype, checkpoint)), Path(scratch) / "config.json"
+                config.write_text(json.dumps(checkpoint.config))
+        with _random(Path(config), dtype) as weights:
+            loaded = load_model(weights, dtype, recorder)
+    longest = loaded.max_positions
+    if tokens is None:
+        tokens = 1, min(PROMPT, longest)
+    if max(tokens) > longest:
+        raise ValueError(f"tokens is {max(tokens)}; a text of this model has at most {longest}")
+    context = min(CONTEXT, longest - 1)
     return Report(
-        str(model),
+        str(model or config),
         str(loaded.dtype),
         loaded.cache_shape.num_layers,
+        context,
         host.describe().cpu,
         isa.RUNG,
         isa.get_num_threads(),
-        _libraries(),
-        timings,
+        registry.libraries(),
+        [each for count in tokens for each in _step(loaded, recorder, count, context, chosen, tell)],
     )
 
 
 def tuned(model: str | Path, dtype: str = "auto") -> OperatorConfig:
     """As OperatorConfig.tuned."""
+    numa.settle()  # before threads are counted
     path = resolve(str(model))
     with open_checkpoint(path) as checkpoint:
-        config = checkpoint.config
-    host_now = [host.describe().cpu, isa.RUNG, isa.get_num_threads(), registry.available(), _libraries()]
-    known = json.dumps([config, dtype, *host_now], sort_keys=True)
+        config, dtype = checkpoint.config, str(choose_dtype(dtype, checkpoint))
+    known = json.dumps([config, dtype, *_circumstances()], sort_keys=True)
     file = cache_directory() / "tuned" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
-    if not file.exists():
-        choice = asdict(choose(measure(path, dtype, backends=[b for b in registry.available() if b != "REFERENCE"])))
+    kept = _kept(file)
+    if kept is None:
+        kept = choose(measure(path, dtype, backends=[name for name in registry.available() if name != "REFERENCE"]))
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(choice, indent=2) + "\n")
-        part.replace(file)
-    return OperatorConfig.parse(file.read_text())
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:  # of this process alone
+            part.write(json.dumps(asdict(kept), indent=2) + "\n")
+        os.replace(part.name, file)
+    return kept
+
+
+def _circumstances() -> list[Any]:
+    """What else the answer depends on."""
+    settings = {name: os.environ.get(name) for name in SETTINGS}
+    files = [Path(value).stat() for value in settings.values() if value is not None and Path(value).is_file()]
+    built = [[file.st_size, file.st_mtime_ns] for file in files]
+    machine = [host.describe().cpu, isa.RUNG, isa.get_num_threads()]
+    return [version("pace"), machine, registry.available(), registry.libraries(), settings, built]
+
+
+def _kept(file: Path) -> OperatorConfig | None:
+    """What was measured before; None where nothing was, or it can't be read."""
+    try:
+        values = json.loads(file.read_text())
+        return OperatorConfig.parse(values) if isinstance(values, dict) and values else None
+    except (OSError, ValueError):
+        return None
 
 
 def choose(report: Report) -> OperatorConfig:
@@ -171,17 +207,8 @@ def choose(report: Report) -> OperatorConfig:
     return OperatorConfig(**chosen)
 
 
-def _libraries() -> dict[str, str]:
-    return {name: found for name in registry.available() if (found := registry.describe(name)) is not None}
-
-
-def _random(path: Path, scratch: Path, dtype: str) -> Checkpoint:
+def _random(config: Path, dtype: str) -> Checkpoint:
     """Random weights of a model's shapes: of so many layers as there is memory for."""
-    config = path
-    if path.suffix != ".json":
-        with open_checkpoint(path) as checkpoint:
-            config = scratch / "config.json"
-            config.write_text(json.dumps(checkpoint.config))
     whole = random_checkpoint(config, dtype)
     one = random_checkpoint(config, dtype, layers=1)
     layers = num_layers(whole.config)
@@ -192,9 +219,9 @@ def _random(path: Path, scratch: Path, dtype: str) -> Checkpoint:
 
 
 def _step(
-    model: Model, recorder: Recorder, count: int, backends: Sequence[str], tell: Callable[[str], None]
+    model: Model, recorder: Recorder, count: int, before: int, backends: Sequence[str], tell: Callable[[str], None]
 ) -> list[Timing]:
-    shape, context = model.cache_shape, CONTEXT if count == 1 else 0
+    shape, context = model.cache_shape, before if count == 1 else 0
     cache = CACHES["SLAB_POOL"](shape, 2 * (context + count + 512) * shape.bytes_per_token, recorder, None, False)
     rng, sequence, sampling = np.random.default_rng(0), cache.allocate(), Sampling(recorder)
     tokens = rng.integers(0, model.vocabulary, context + count).astype(np.int32)
@@ -286,7 +313,7 @@ def render(report: Report) -> RenderableType:
 
 
 def _table(report: Report, tokens: int) -> Table:
-    what = f"one token after {CONTEXT}" if tokens == 1 else f"a prompt of {tokens} tokens"
+    what = f"one token after {report.context}" if tokens == 1 else f"a prompt of {tokens} tokens"
     seconds = {(each.operator, each.backend): each.seconds for each in report.timings if each.tokens == tokens}
     backends = list({backend: None for _, backend in seconds})
     table = Table(

@@ -1,6 +1,7 @@
 """`pace bench operators` and OperatorConfig.tuned, on models so small that only the presence of numbers is checked."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from tests.engine.fakes import greedy, write_model
 from tests.models.parity import BASE, save
 from tests.models.test_gemma3 import GEMMA
 from tests.models.test_gpt_oss import GPT_OSS
+from tests.models.test_llama import LLAMA
 
 from .test_cli import run
 
@@ -26,7 +28,7 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "small.json"
+    path = tmp_path / "small.config"
     path.write_text(json.dumps(BASE | {"model_type": "llama"}))
     return path
 
@@ -61,17 +63,18 @@ def test_operators_of_a_checkpoint(family, tmp_path):
     ("arguments", "message"),
     [
         ([], "give a MODEL, or --config FILE"),
-        (["--config", "small.json", "--tokens", "0"], "--tokens is '0'; it must be like 128,512"),
-        (["--config", "small.json", "--backends", "FAST"], "backend 'FAST' is unknown; there are NATIVE"),
+        (["--config", "CONFIG", "--tokens", "0"], "--tokens is '0'; it must be like 128,512"),
+        (["--config", "CONFIG", "--tokens", "1,301"], "tokens is 301; a text of this model has at most 300"),
+        (["--config", "CONFIG", "--backends", "FAST"], "backend 'FAST' is unknown; there are NATIVE"),
     ],
 )
 def test_usage_errors(arguments, message, config):
-    result = run("bench", "operators", *[config if each == "small.json" else each for each in arguments])
+    result = run("bench", "operators", *[config if each == "CONFIG" else each for each in arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
-REPORT = Report("model", "float32", 1, "a CPU", "avx2", 1, {}, [])
+REPORT = Report("model", "float32", 1, 128, "a CPU", "avx2", 1, {}, [])
 
 
 @needs_native
@@ -92,28 +95,99 @@ def test_the_fastest_is_chosen_for_an_answer():
     assert choose(replace(REPORT, timings=timings)) == OperatorConfig(rope="REFERENCE", mlp="IMBPS")
 
 
-@needs_native
-def test_tuned_is_measured_once(tmp_path, monkeypatch):
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Where answers are kept."""
     monkeypatch.setenv("PACE_CACHE", str(tmp_path / "cache"))
-    write_model(tmp_path / "tiny")
-    asked = []
+    return tmp_path / "cache" / "tuned"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The dtypes that were measured, as it were."""
+    dtypes = []
 
     def counted(model, dtype, backends):
-        asked.append((dtype, "REFERENCE" in backends))
+        assert "REFERENCE" not in backends
+        dtypes.append(dtype)
         return replace(REPORT, timings=[Timing("rope", 1, "NATIVE", 1.0), Timing("rope", 1, "REFERENCE", 0.5)])
 
     monkeypatch.setattr(tuning, "measure", counted)
+    return dtypes
+
+
+@needs_native
+def test_tuned_is_measured_once(tmp_path, kept, asked):
+    write_model(tmp_path / "tiny")
     for dtype in ("float32", "float32", "bfloat16"):
         assert OperatorConfig.tuned(tmp_path / "tiny", dtype) == OperatorConfig(rope="REFERENCE")
-    assert asked == [("float32", False), ("bfloat16", False)]
-    isa.set_num_threads(isa.get_num_threads() + 1)  # another machine, as it were
-    OperatorConfig.tuned(tmp_path / "tiny", "float32")
+    assert asked == ["float32", "bfloat16"]
+    assert {file.suffix for file in kept.iterdir()} == {".json"}
+
+
+@needs_native
+def test_what_the_answer_depends_on(tmp_path, kept, asked, monkeypatch):
+    write_model(tmp_path / "tiny")
+
+    def again():
+        OperatorConfig.tuned(tmp_path / "tiny", "float32")
+        return len(asked)
+
+    assert again() == again() == 1
+    isa.set_num_threads(isa.get_num_threads() + 1)
+    assert again() == 2
     isa.set_num_threads(isa.get_num_threads() - 1)
-    assert len(asked) == 3
+    library = tmp_path / "libxsmm.so"
+    library.write_bytes(b"one")
+    for number, name in enumerate(["ONEDNN_MAX_CPU_ISA", "PACE_IMBPS_PIECE", "PACE_LIBXSMM"], 3):
+        monkeypatch.setenv(name, str(library))
+        assert again() == again() == number
+    library.write_bytes(b"another")
+    assert again() == 6
+    monkeypatch.setattr(tuning, "version", lambda package: "next")
+    assert again() == 7
 
 
-def test_tuned_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PACE_CACHE", str(tmp_path / "cache"))
+@needs_native
+@pytest.mark.parametrize("text", ["", "{}", '{"norm": "NATI', '{"nrom": "NATIVE"}', '{"norm": "GONE"}', "[1]"])
+def test_an_answer_that_can_not_be_read_is_found_anew(text, tmp_path, kept, asked):
+    write_model(tmp_path / "tiny")
+    OperatorConfig.tuned(tmp_path / "tiny", "float32")
+    (file,) = kept.iterdir()
+    file.write_text(text)
+    for _ in range(2):
+        assert OperatorConfig.tuned(tmp_path / "tiny", "float32") == OperatorConfig(rope="REFERENCE")
+    assert len(asked) == 2
+
+
+@needs_native
+def test_many_are_tuned_at_once(tmp_path, kept, asked):
+    write_model(tmp_path / "tiny")
+    with ThreadPoolExecutor(8) as threads:
+        found = [threads.submit(OperatorConfig.tuned, tmp_path / "tiny", "float32") for _ in range(40)]
+        assert all(each.result() == OperatorConfig(rope="REFERENCE") for each in found)
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_a_checkpoint_that_does_not_say_its_dtype(tmp_path, kept, asked):
+    """It is what its largest tensor is, as for LLM."""
+    save(tmp_path, LLAMA.make({}))
+    given = json.loads((tmp_path / "config.json").read_text())
+    assert given.pop("dtype", given.pop("torch_dtype", None)) == "float32"
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    OperatorConfig.tuned(tmp_path)
+    assert asked == ["float32"]
+    assert measure(tmp_path, tokens=(3,), backends=["REFERENCE"]).dtype == "float32"
+
+
+def test_texts_that_are_shorter_than_what_is_measured(tmp_path):
+    save(tmp_path, LLAMA.make({"max_position_embeddings": 40}))
+    report = measure(tmp_path, backends=["REFERENCE"])
+    assert report.context == 39
+    assert {each.tokens for each in report.timings} == {1, 40}
+
+
+def test_tuned_runs(tmp_path, kept):
     write_model(tmp_path / "tiny")
     chosen = OperatorConfig.tuned(tmp_path / "tiny", "float32")
     llm = LLM(tmp_path / "tiny", dtype="float32", kv_cache_bytes=1 << 20, operators=chosen)

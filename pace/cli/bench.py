@@ -78,7 +78,14 @@ def operators(
         str | None, typer.Argument(metavar="MODEL", help="As of `pace generate`.", show_default=False)
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="In place of MODEL: a config.json.")] = None,
-    tokens: Annotated[str, typer.Option(metavar="N,N…", help="Of a step: 1 is decoded, more are a prompt.")] = "1,512",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N…",
+            help="Of a step: 1 is decoded, more are a prompt; 1,512 unless texts are shorter.",
+            show_default=False,
+        ),
+    ] = None,
     backends: Annotated[
         str | None, typer.Option(metavar="NAME,NAME…", help="Of these; all that can run here.", show_default=False)
     ] = None,
@@ -89,7 +96,7 @@ def operators(
     ] = None,
 ) -> None:
     """Every operator on every backend, in the shapes of a model. Weights are random."""
-    counts = _counts(tokens, "--tokens")
+    counts = None if tokens is None else _counts(tokens, "--tokens")
     if (model is None) == (config is None):
         raise typer.BadParameter("give a MODEL, or --config FILE")
     from rich.console import Console
@@ -102,7 +109,7 @@ def operators(
     names = None if backends is None else backends.split(",")
     with stderr().status("loading") as status:
         try:
-            report = measure(config or str(model), dtype, counts, names, status.update)
+            report = measure(model, dtype, counts, names, status.update, config)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     Console().print(render(report))

@@ -41,7 +41,10 @@ class OperatorConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            backend = getattr(self, field.name) or _default()
+            asked = getattr(self, field.name)
+            if not isinstance(asked, str):
+                raise ValueError(f"{field.name} is {asked!r}; it must be the name of a backend, such as NATIVE")
+            backend = asked or _default()
             reason = registry.missing(backend)
             if reason is not None:
                 there = ", ".join(registry.available())
@@ -64,17 +67,22 @@ class OperatorConfig:
             return cls()
         if isinstance(value, str) and value.endswith(FILES):
             values = read_config(value)
-            return cls.parse(values.get("ops", values))
+            chosen = values.get("ops", values)
+            if not isinstance(chosen, Mapping | str) or (isinstance(chosen, str) and chosen.endswith(FILES)):
+                raise ValueError(
+                    f"ops in {value} is {chosen!r}; it must be a backend, or operators with a backend each"
+                )
+            return cls.parse(chosen)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             return cls.all(value)
         try:
             chosen = json.loads(value) if isinstance(value, str) else dict(value)
         except json.JSONDecodeError as error:
             raise ValueError(f'operators is not JSON ({error}); it must be like {{"norm": "NATIVE"}}') from None
-        unknown = sorted(set(chosen) - {field.name for field in fields(cls)})
-        if unknown:
-            known = ", ".join(field.name for field in fields(cls))
-            raise ValueError(f"operator {unknown[0]!r} is unknown; there are {known}")
+        known = [field.name for field in fields(cls)]
+        for name in chosen:
+            if name not in known:
+                raise ValueError(f"operator {name!r} is unknown; there are {', '.join(known)}")
         return cls(**chosen)
 
     @classmethod

@@ -108,19 +108,25 @@ def backends() -> list[str]:
 
 @cache
 def _module(backend: str) -> Any:
-    """ValueError for a name that is no backend's."""
     if backend in BACKENDS:
         module = BACKENDS[backend]
         return import_module(module) if isinstance(module, str) else module
-    if backend in _installed():
-        return _installed()[backend].load()
-    raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(backends())}")
+    return _installed()[backend].load()
 
 
 @cache
 def missing(backend: str) -> str | None:
-    """Why a backend can't run here; None where it can. ValueError for a name that is no backend's."""
-    reason: str | None = _module(backend).missing()
+    """Why a backend can't run here; None where it can, and has registered what it serves. ValueError for a name that
+    is no backend's.
+    """
+    if backend not in backends():
+        raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(backends())}")
+    try:
+        reason: str | None = _module(backend).missing()
+        if reason is None:
+            _module(backend).register_all()
+    except Exception as error:  # others' code, or a library that is broken: all else goes on
+        return f"it fails ({type(error).__name__}: {error})"
     return reason
 
 
@@ -130,6 +136,11 @@ def describe(backend: str) -> str | None:
     return found
 
 
+def libraries() -> dict[str, str]:
+    """Those behind the backends that can run here, by backend."""
+    return {name: found for name in available() if (found := describe(name)) is not None}
+
+
 def available() -> list[str]:
     """The backends that can run here."""
     return [name for name in backends() if missing(name) is None]
@@ -137,15 +148,7 @@ def available() -> list[str]:
 
 def registration(operator: str, backend: str) -> Registration | None:
     """None where it can't run here, or does not serve the operator."""
-    if missing(backend) is not None:
-        return None
-    _register_all(backend)
-    return _registry.get((operator, backend))
-
-
-@cache
-def _register_all(backend: str) -> None:
-    _module(backend).register_all()
+    return _registry.get((operator, backend)) if missing(backend) is None else None
 
 
 def serving(operator: str, backend: str, dtype: Dtype, in_panels: bool = False) -> str:

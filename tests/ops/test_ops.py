@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pace import isa, kernels
+from pace.info import collect
 from pace.ops import (
     MLP,
     Frequencies,
@@ -77,6 +78,13 @@ def test_parse_a_file(tmp_path, name, text):
         ("ops.toml", "norm = ", "ops.toml can't be read: "),
         ("ops.yaml", "- NATIVE\n", "ops.yaml holds no options"),
         ("ops.json", '{"nrom": "NATIVE"}', "operator 'nrom' is unknown"),
+        (
+            "ops.json",
+            '{"ops": null}',
+            "ops in .*ops.json is None; it must be a backend, or operators with a backend each",
+        ),
+        ("ops.json", '{"ops": ["NATIVE"]}', "ops in .* is .*; it must be a backend"),
+        ("ops.toml", 'ops = "ops.toml"', "ops in .* is 'ops.toml'; it must be a backend"),
         ("gone.json", None, "gone.json can't be read: .*No such file"),
     ],
 )
@@ -100,7 +108,11 @@ def test_parse_all_and_none():
         ("FAST", "backend 'FAST' is unknown; there are NATIVE, REFERENCE, IMBPS, JIT"),
         ("native", "backend 'native' is unknown; there are NATIVE, REFERENCE, IMBPS, JIT"),
         ('{"norm": ', "operators is not JSON"),
-        ('{"norm": 3}', "backend 3 is unknown"),
+        ('{"norm": 3}', "norm is 3; it must be the name of a backend, such as NATIVE"),
+        ('{"norm": null}', "norm is None; it must be the name of a backend"),
+        ({"norm": {}}, "norm is {}; it must be the name of a backend"),
+        ({"norm": ["NATIVE"]}, r"norm is \['NATIVE'\]; it must be the name of a backend"),
+        ({3: "NATIVE", "norm": "NATIVE"}, "operator 3 is unknown; there are norm"),
     ],
 )
 def test_what_is_not_there(value, match):
@@ -132,7 +144,7 @@ class NormsOnly:
 
 
 def clear():
-    for each in (registry.missing, registry.resolve, registry._module, registry._register_all, registry._installed):
+    for each in (registry.missing, registry.resolve, registry._module, registry._installed):
         each.cache_clear()
 
 
@@ -193,6 +205,43 @@ def test_a_backend_that_cannot_run_here(outside, monkeypatch):
         ValueError, match=f"mlp asks for backend NORMS, but libnorms is not .*; available here: {there}"
     ):
         OperatorConfig(mlp="NORMS")
+
+
+class Broken:
+    """A backend that fails: as it is asked, or as it registers."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def missing(self):
+        if self.where == "missing":
+            raise OSError("libgone.so.1: cannot open shared object file")
+
+    def register_all(self):
+        registry.register("norm", "BROKEN", {}, (F32,))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Broken("missing"), "it fails (OSError: libgone.so.1: cannot open shared object file)"),
+        (Broken("register_all"), "it fails (ValueError: BROKEN registers norm without"),
+        ("no.such.module", "it fails (ModuleNotFoundError: No module named 'no')"),
+    ],
+)
+def test_a_backend_that_fails_leaves_the_others_alone(outside, module, reason):
+    register_backend("BROKEN", module)
+    assert registry.missing("BROKEN").startswith(reason)
+    assert "BROKEN" not in registry.available()
+    with pytest.raises(ValueError, match=r"norm asks for backend BROKEN, but it fails .* available here: .*REFERENCE"):
+        OperatorConfig(norm="BROKEN")
+    OperatorConfig.all("REFERENCE")
+    assert collect(operators=True).missing_backends["BROKEN"].startswith(reason)
+
+
+def test_plain_info_asks_no_backend(outside):
+    register_backend("BROKEN", Broken("missing"))
+    assert collect().missing_backends == collect().libraries == {}
 
 
 def test_a_dtype_that_nobody_serves():
