@@ -1,19 +1,27 @@
 #include "linear/product.h"
 
-void RUNG_NAME(linear_arrange)(const void *args, size_t begin, size_t end, void *scratch) {
-    const struct linear_args *a = args;
-    const size_t a_words = a_words_of(a->kind, a->in_features);
-    (void)scratch;
-    for (size_t row = begin; row < end; row++) {
-        const void *x = (const char *)a->x + row * a->x_stride;
+INLINE void arrange(enum kind kind, const struct linear_args *a, size_t begin, size_t end) {
+    const size_t a_words = a_words_of(kind, a->in_features);
+    for (size_t row = begin, together; row < end; row += together) {
         const size_t first = row / TILE_ROWS * TILE_ROWS;
         const size_t rows = a->rows - first < TILE_ROWS ? a->rows - first : TILE_ROWS;
+        const void *x = (const char *)a->x + row * a->x_stride;
         word *to = a->a + first * a_words + (row - first);
-        if (a->kind == BF16)
-            put_a(BF16, to, rows, x, a->in_features);
+        together = row + 4 <= end && row + 4 <= first + rows ? 4 : 1;
+        if (together == 4)
+            put_4_rows(kind, to, rows, x, a->x_stride, a->in_features);
         else
-            put_a(F32, to, rows, x, a->in_features);
+            put_a(kind, to, rows, x, a->in_features);
     }
+}
+
+void RUNG_NAME(linear_arrange)(const void *args, size_t begin, size_t end, void *scratch) {
+    const struct linear_args *a = args;
+    (void)scratch;
+    if (a->kind == BF16)
+        arrange(BF16, a, begin, end);
+    else
+        arrange(F32, a, begin, end);
 }
 
 // bias, activation, multiply, residual, and the one rounding

@@ -46,6 +46,27 @@ INLINE void put_a(enum kind kind, word *a, size_t step, const void *x, size_t n)
 #endif
 }
 
+// Four words of a: of as many elements, or of twice as many that are pairs.
+enum { PAIRS_ARE_WORDS = A_WORDS_OF_PAIR == 1 };
+INLINE __m128 four_words(enum kind kind, const void *x, size_t i) {
+    if (kind == F32 || PAIRS_ARE_WORDS) return _mm_loadu_ps(at(kind, x, i));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadu_si64(at(kind, x, i))), 16));
+}
+
+// put_a of four rows, `stride` bytes apart, whose words stand side by side: what is written is written whole.
+INLINE void put_4_rows(enum kind kind, word *a, size_t step, const void *x, size_t stride, size_t n) {
+    const size_t elements = kind == BF16 && PAIRS_ARE_WORDS ? 8 : 4;
+    const char *row[4] = {x, (const char *)x + stride, (const char *)x + 2 * stride, (const char *)x + 3 * stride};
+    size_t i = 0;
+    for (; i + elements <= n; i += elements, a += 4 * step) {
+        __m128 w[4];
+        for (int r = 0; r < 4; r++) w[r] = four_words(kind, row[r], i);
+        _MM_TRANSPOSE4_PS(w[0], w[1], w[2], w[3]);
+        for (size_t r = 0; r < 4; r++) _mm_storeu_ps((float *)(a + r * step), w[r]);
+    }
+    for (int r = 0; r < 4; r++) put_a(kind, a + r, step, at(kind, row[r], i), n - i);
+}
+
 struct tile {
     const word *a;
     size_t a_step, a_row; // words from one k to the next, from one row to the next
