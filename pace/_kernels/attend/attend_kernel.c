@@ -110,18 +110,19 @@ INLINE void scores_of_kind(const struct work *w, enum kind kind, const bool FETC
         .a_step = r->count,
         .a_row = 1,
         .b_step = GROUP,
+        .fetch.step = LINE,
         .num_words = words_of(kind, w->head_dim),
     };
     if (r->count == 1 && end_group - group == ONE_ROW_PANELS && is_one_run(w, w->a->blocks.k_strides, step)) {
         t.b = key_group(w, step);
         t.b_panel = GROUP * t.num_words;
-        t.ahead = ahead_of(w, r, key_group, step);
+        t.fetch.ahead = ahead_of(w, r, key_group, step);
         sum_tile_of(kind, true, FETCH, 1, ONE_ROW_PANELS, &t, scores, STEP);
         return;
     }
     for (; group < end_group; group += 2) {
         t.b = key_group(w, step + group * GROUP);
-        t.ahead = ahead_of(w, r, key_group, step + group * GROUP);
+        t.fetch.ahead = ahead_of(w, r, key_group, step + group * GROUP);
         const bool two = group + 1 < end_group;
         if (two) t.b_panel = (size_t)(key_group(w, step + (group + 1) * GROUP) - t.b);
         for (int panel = 0; panel < (two ? 2 : 1); panel += TILE_PANELS, t.b += t.b_panel) {
@@ -247,7 +248,7 @@ APART void add_values(const struct work *w, const struct rows *r, const struct s
         .b_step = b_step,
         .b_panel = 16,
         .num_words = words_of(w->kind, tokens),
-        .ahead = ahead,
+        .fetch = {ahead, b_step * sizeof(word)},
     };
     if (w->kind == BF16 && ahead)
         values_of_kind(BF16, true, r->count, t, s->values, w->padded_dim);

@@ -13,7 +13,7 @@ enum { WORDS_PER_PASS = 256 };
 
 // sums (rows, 32) += words [begin, end) of a tile of rows and the panels 2·pair and 2·pair + 1.
 INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_row, size_t rows, size_t pair,
-                     size_t begin, size_t end, float *sums) {
+                     size_t begin, size_t end, struct fetch fetch, float *sums) {
     const size_t words = words_of(kind, a->in_features), a_words = a_words_of(kind, a->in_features);
     const size_t panels = a->num_panels - 2 * pair < 2 ? 1 : 2;
     struct tile t = {
@@ -24,7 +24,7 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
         .b_step = 16,
         .b_panel = words * 16,
         .num_words = end - begin,
-        .ahead = WEIGHTS_AHEAD / TILE_PANELS,
+        .fetch = fetch,
     };
     if (TILE_PANELS == 2 && panels == 2) {
         sum_tile(kind, false, true, rows, TILE_PANELS, &t, sums, PAIR_COLUMNS);
@@ -34,16 +34,26 @@ INLINE void sum_pair(enum kind kind, const struct linear_args *a, size_t first_r
         sum_tile(kind, false, true, rows, 1, &t, sums + 16 * p, PAIR_COLUMNS);
 }
 
+// The first tile asks for its own words, a little ahead; each of the others for its part of those of the next pass, or of
+// the next pair's first: they come while all tiles are multiplied, not at the pace of one.
+INLINE struct fetch fetch_of(size_t tile, size_t tiles, size_t begin, size_t end, size_t words) {
+    if (tile == 0) return (struct fetch){WEIGHTS_AHEAD / TILE_PANELS, LINE};
+    const size_t next = end < words ? end - begin : 2 * words - begin, step = (LINE + tiles - 2) / (tiles - 1);
+    return (struct fetch){(ptrdiff_t)(next * LINE + (tile - 1) * (end - begin) * step), step};
+}
+
 // sums (rows, 32) of a block of rows and these panels
 INLINE void sum_block(enum kind kind, const struct linear_args *a, size_t first_row, size_t rows, size_t pair,
                       float *sums) {
-    const size_t words = words_of(kind, a->in_features);
+    const size_t words = words_of(kind, a->in_features), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const size_t pass = tiles == 1 ? words : WORDS_PER_PASS;
     memset(sums, 0, rows * PAIR_COLUMNS * sizeof *sums);
-    for (size_t begin = 0; begin < words; begin += WORDS_PER_PASS) {
-        const size_t end = words - begin < WORDS_PER_PASS ? words : begin + WORDS_PER_PASS;
-        for (size_t row = 0; row < rows; row += TILE_ROWS) {
-            const size_t of_tile = rows - row < TILE_ROWS ? rows - row : TILE_ROWS;
-            sum_pair(kind, a, first_row + row, of_tile, pair, begin, end, sums + row * PAIR_COLUMNS);
+    for (size_t begin = 0; begin < words; begin += pass) {
+        const size_t end = words - begin < pass ? words : begin + pass;
+        for (size_t tile = 0; tile < tiles; tile++) {
+            const size_t row = tile * TILE_ROWS, left = rows - row;
+            sum_pair(kind, a, first_row + row, left < TILE_ROWS ? left : TILE_ROWS, pair, begin, end,
+                     fetch_of(tile, tiles, begin, end, words), sums + row * PAIR_COLUMNS);
         }
     }
 }
@@ -65,7 +75,7 @@ INLINE void sum_one_row(enum kind kind, const struct linear_args *a, size_t pair
         .b_step = 16,
         .b_panel = words * 16,
         .num_words = words,
-        .ahead = WEIGHTS_AHEAD / ONE_ROW_PANELS,
+        .fetch = {WEIGHTS_AHEAD / ONE_ROW_PANELS, LINE},
     };
     if (panels == ONE_ROW_PANELS) {
         sum_tile_of(kind, true, true, 1, ONE_ROW_PANELS, &t, sums, 0);

@@ -99,7 +99,7 @@ INLINE void product_of_item(enum kind kind, const struct moe_weight *w, const st
         t.b = (const word *)from;
         t.num_words = words_of(kind, w->in_features);
         t.b_panel = t.num_words * 16;
-        t.ahead = WEIGHTS_AHEAD / (unit->rows == 1 ? ONE_ROW_PANELS : TILE_PANELS);
+        t.fetch = (struct fetch){WEIGHTS_AHEAD / (unit->rows == 1 ? ONE_ROW_PANELS : TILE_PANELS), LINE};
         add_tiles(kind, true, unit, a, a_words, 0, panels, t, sums);
         return;
     }

@@ -21,6 +21,7 @@ enum { ONE_ROW_PANELS = 4 };
 // Bytes of weights that are asked for before they are read, of all panels together. What comes from memory then comes while
 // rows are multiplied: without, 8 rows take as long as both do one after the other.
 enum { WEIGHTS_AHEAD = 8192 };
+enum { LINE = 64 }; // bytes of a word of b, and of a line of the cache
 
 typedef uint32_t __attribute__((may_alias, aligned(2))) word; // the bits of a float32 or of two bfloat16
 typedef uint16_t __attribute__((may_alias)) bf16_bits;
@@ -67,13 +68,19 @@ INLINE void put_4_rows(enum kind kind, word *a, size_t step, const void *x, size
     for (int r = 0; r < 4; r++) put_a(kind, a + r, step, at(kind, row[r], i), n - i);
 }
 
+// What is asked for meanwhile, of each panel: bytes from b, and from one k to the next.
+struct fetch {
+    ptrdiff_t ahead;
+    size_t step;
+};
+
 struct tile {
     const word *a;
     size_t a_step, a_row; // words from one k to the next, from one row to the next
     const word *b;
     size_t b_step, b_panel; // words from one k to the next, from one panel to the next
     size_t num_words;       // words of b along k
-    ptrdiff_t ahead;        // bytes from b to what is to be fetched meanwhile; with FETCH
+    struct fetch fetch;     // with FETCH
 };
 
 // acc[r][p] += a[r] · column[p], of float32
@@ -91,10 +98,12 @@ INLINE void multiply_rows(const int ROWS, const int PANELS, const word *a, size_
 INLINE void multiply_tile(enum kind kind, const bool FETCH, const int ROWS, const int PANELS, const struct tile *t,
                           __m512 *acc) {
     const word *a = t->a, *b = t->b;
+    const char *ahead = (const char *)b + t->fetch.ahead;
     for (size_t k = 0; k < t->num_words; k++, b += t->b_step) {
         if (FETCH)
 #pragma GCC unroll 4
-            for (int p = 0; p < PANELS; p++) _mm_prefetch((const char *)(b + p * t->b_panel) + t->ahead, _MM_HINT_T1);
+            for (int p = 0; p < PANELS; p++)
+                _mm_prefetch(ahead + k * t->fetch.step + p * t->b_panel * sizeof(word), _MM_HINT_T1);
 #if RUNG_AVX2
         if (kind == BF16) { // even elements of the pairs, then odd; they are loaded for each, not kept
 #pragma GCC unroll 2
