@@ -4,7 +4,6 @@
 #include "linear/linear.h"
 #include "simd/activation.h"
 #include "simd/tile.h"
-#include <string.h>
 
 enum { PAIR_COLUMNS = 32 };
 // Words along k that all tiles of a block pass over before the next ones' turn: those of a pair of panels stay near, in
@@ -47,7 +46,7 @@ INLINE void sum_block(enum kind kind, const struct linear_args *a, size_t first_
                       float *sums) {
     const size_t words = words_of(kind, a->in_features), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const size_t pass = tiles == 1 ? words : WORDS_PER_PASS;
-    memset(sums, 0, rows * PAIR_COLUMNS * sizeof *sums);
+    for (size_t i = 0; i < rows * PAIR_COLUMNS; i += 16) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
     for (size_t begin = 0; begin < words; begin += pass) {
         const size_t end = words - begin < pass ? words : begin + pass;
         for (size_t tile = 0; tile < tiles; tile++) {
