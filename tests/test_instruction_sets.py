@@ -69,11 +69,14 @@ def code_of(path):
 
 @cache
 def instructions_of(path):
-    """Feature → the instructions that need it, as text; and "EVEX" → those encoded so."""
+    """Feature → the instructions that need it, the first of each kind, as text; and "EVEX" → those encoded so."""
     names = {value: name for name, value in vars(iced_x86.CpuidFeature).items() if isinstance(value, int)}
-    found = defaultdict(list)
+    found, seen = defaultdict(list), set()
     for code in code_of(path):
         for instruction in iced_x86.Decoder(64, code):
+            if instruction.code in seen:
+                continue
+            seen.add(instruction.code)
             assert instruction.code != iced_x86.Code.INVALID, f"{path}: not an instruction at {instruction.ip:#x}"
             for feature in instruction.cpuid_features():
                 found[names[feature]].append(str(instruction))
