@@ -308,7 +308,9 @@ class SharedBlocks(BlockCache):
         return self._known(prompt)
 
     def _register(self, sequence: int) -> None:
-        """Have the index know the full blocks of a sequence. For a block whose twin it knows, the twin is taken."""
+        """Have the index know the full blocks of a sequence. For a block whose twin another sequence holds, the twin is
+        taken. There is room for no less afterwards.
+        """
         tables, firsts = self._tables_of(sequence), self._first_blocks(self._kept[:, sequence]).tolist()
         chain = self._chains.setdefault(sequence, [])
         for column in range(len(chain), int(self._lengths[sequence]) // self.block_tokens):
@@ -323,6 +325,11 @@ class SharedBlocks(BlockCache):
     def _enter(self, table: Ints, column: int, key: Key) -> None:
         block = int(table[column])
         twin = self._index.get(key)
+        if (
+            twin is not None and twin in self._idle
+        ):  # this one in its place: to take it may cost room, where others hold this one too
+            self._forget(twin)
+            twin = None
         if twin is None:
             self._index[key], self._digests[block] = block, key
             self._is_known[block] = True

@@ -268,6 +268,20 @@ def test_a_prompt_begins_where_every_group_has_what_it_sees(name):
         assert cache.stats().used_bytes - (shared > 0) * 0 >= held * cache.block_bytes
 
 
+def test_a_twin_that_is_idle_costs_no_room():
+    """What windows leave is entered in the index first, within the room that was found for the append."""
+    cache = make("SLAB_POOL", [50], 38, 48, "REFERENCE", prefix_caching=True)
+    sequences = [cache.allocate([]) for _ in range(3)]
+    for length in range(146):
+        growing = [s for s, most in zip(sequences, (146, 97, 130), strict=True) if length < most]
+        cache.append(growing, [1] * len(growing), np.ones(len(growing), np.int32))
+    cache.append(sequences[:1], [100], np.zeros(100, np.int32))
+    fork = cache.fork(sequences[2])
+    assert cache.free_parts() // cache.block_tokens == 2  # idle: for a block more, and one that the fork goes on in
+    cache.append([fork], [15], np.ones(15, np.int32))
+    assert cache.length(fork) == 145
+
+
 @pytest.mark.parametrize("name", CACHES)
 def test_refusals(name):
     for windows, match in (
