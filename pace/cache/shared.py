@@ -328,6 +328,7 @@ class SharedBlocks(BlockCache):
         if (
             twin is not None and twin in self._idle
         ):  # this one in its place: to take it may cost room, where others hold this one too
+            del self._idle[twin]
             self._forget(twin)
             twin = None
         if twin is None:
