@@ -205,8 +205,7 @@ class SharedBlocks(BlockCache):
 
     def _take(self, count: int) -> Ints:
         while self._num_free < count:
-            block, _ = self._idle.popitem(last=False)
-            self._forget(block)
+            self._forget(next(iter(self._idle)))
         return super()._take(count)
 
     def _share(self, blocks: Ints) -> None:
@@ -230,7 +229,8 @@ class SharedBlocks(BlockCache):
                 self._idle[block] = None
 
     def _forget(self, block: int) -> None:
-        """The index gives up a block."""
+        """The index gives up a block, which may be idle."""
+        self._idle.pop(block, None)
         del self._index[self._digests.pop(block)]
         self._is_known[block] = False
         self._give(np.array([block], np.int32))
@@ -325,11 +325,8 @@ class SharedBlocks(BlockCache):
     def _enter(self, table: Ints, column: int, key: Key) -> None:
         block = int(table[column])
         twin = self._index.get(key)
-        if (
-            twin is not None and twin in self._idle
-        ):  # this one in its place: to take it may cost room, where others hold this one too
-            del self._idle[twin]
-            self._forget(twin)
+        if twin is not None and twin in self._idle:
+            self._forget(twin)  # for this one: to take it would cost room, where others hold this one too
             twin = None
         if twin is None:
             self._index[key], self._digests[block] = block, key
