@@ -23,7 +23,7 @@ from pace.reference.arrays import Array, Float, bfloat16, float32
 from pace.reference.linear import check_linear
 from pace.reference.pack_linear import PackedLinear
 
-from .unpacked import Weight, biases_of, given, halves, rows_apart, rows_of
+from .unpacked import Weight, biases_of, each_of, given, rows_apart, rows_of
 
 NAMES = "aocl-dlp", "aocldlp", "aocl_dlp"
 PAUSE_HARD = 2  # omp_pause_hard
@@ -149,7 +149,7 @@ def register_all() -> None:
     linears: dict[str, Function] = {"pack_linear": kernels.pack_linear, "prepare": prepare, "linear": threaded(linear)}
     for operator in ("linear", "qkv_projection", "out_projection", "lm_head"):
         register(operator, "AOCLDLP", linears, dtypes(), in_panels=False)
-    whole: dict[str, Function] = {"pack_linear": kernels.pack_linear, "prepare": prepare_mlp, "mlp": threaded(mlp)}
+    whole: dict[str, Function] = {"pack_linear": kernels.pack_linear, "prepare": each_of(prepare), "mlp": threaded(mlp)}
     register("mlp", "AOCLDLP", whole, dtypes(), in_panels=False)
 
 
@@ -187,11 +187,6 @@ def check(metadata: Metadata, what: str) -> None:
 
 def prepare(packed: PackedLinear) -> Weight:
     return reordered(rows_of(packed))
-
-
-def prepare_mlp(up: PackedLinear, down: PackedLinear) -> tuple[Weight, ...]:
-    """(gate, up, down) of a gated weight, else (up, down)."""
-    return tuple(prepare(each) for each in (*halves(up), down))
 
 
 def reordered(rows: Array) -> Weight:

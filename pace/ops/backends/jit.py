@@ -26,7 +26,7 @@ from pace.reference.linear import check_linear
 from pace.reference.pack_linear import PackedLinear
 from pace.reference.softmax import check_softmax
 
-from .unpacked import Weight, biases_of, given, halves, rows_of
+from .unpacked import Weight, biases_of, each_of, given, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ def register_all() -> None:
     linears: dict[str, Function] = {"pack_linear": pack, "prepare": prepare, "linear": threaded(linear)}
     for operator in ("linear", "qkv_projection", "out_projection", "lm_head"):
         register(operator, "JIT", linears, (float32, bfloat16), in_panels=False)
-    whole: dict[str, Function] = {"pack_linear": pack, "prepare": prepare_mlp, "mlp": threaded(mlp)}
+    whole: dict[str, Function] = {"pack_linear": pack, "prepare": each_of(prepare), "mlp": threaded(mlp)}
     register("mlp", "JIT", whole, (float32, bfloat16), in_panels=False)
     norms = {each.__name__: threaded(each) for each in (rms_norm, add_rms_norm, layer_norm, add_layer_norm)}
     register("norm", "JIT", norms, (float32, bfloat16))
@@ -119,11 +119,6 @@ def prepare(packed: PackedLinear) -> Weight:
     torch.set_num_threads(1)  # a process that has begun threads of OpenMP can't be forked, as a server's node is
     values = torch.ops.mkldnn._reorder_linear_weight(tensor(rows), None)
     return Weight(values, packed.out_features, packed.in_features, packed.dtype, rows.nbytes)
-
-
-def prepare_mlp(up: PackedLinear, down: PackedLinear) -> tuple[Weight, ...]:
-    """(gate, up, down) of a gated weight, else (up, down)."""
-    return tuple(prepare(each) for each in (*halves(up), down))
 
 
 def linear(

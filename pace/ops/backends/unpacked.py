@@ -1,5 +1,6 @@
 """Weights in a layout of a library's own; and rows as libraries take them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +42,15 @@ def halves(up: PackedLinear) -> list[PackedLinear]:
         return [up]
     parts = (np.ascontiguousarray(up.panels[half::2]) for half in range(2))
     return [PackedLinear(panels, up.out_features, up.in_features) for panels in parts]
+
+
+def each_of(prepare: Callable[[PackedLinear], Weight]) -> Callable[[PackedLinear, PackedLinear], tuple[Weight, ...]]:
+    """An MLP's `prepare`: (gate, up, down) of a gated weight, else (up, down)."""
+
+    def prepare_mlp(up: PackedLinear, down: PackedLinear) -> tuple[Weight, ...]:
+        return tuple(prepare(each) for each in (*halves(up), down))
+
+    return prepare_mlp
 
 
 def biases_of(bias: Float | None, ups: list[Weight]) -> list[Float | None]:
